@@ -1,0 +1,1 @@
+"""Offline analysis of a run: numpy only."""

@@ -1,0 +1,1 @@
+"""Contributions -> LoKr factors -> LyCORIS config -> proof that LyCORIS applies it."""

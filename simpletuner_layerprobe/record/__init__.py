@@ -1,0 +1,1 @@
+"""The half that runs inside the training process."""

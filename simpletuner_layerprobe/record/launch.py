@@ -1,0 +1,105 @@
+"""What the probe adds to the processes that start a training: a clean stop and a clean error.
+
+`simpletuner train` starts `accelerate launch`, which starts the training process. On Ctrl-C the first one
+ends the others and returns 130; on SIGTERM it leaves them behind. A probe-only run shall end with its rows
+written and exit code 0 instead. The training process announces itself by a file whose folder the first
+process names in the environment; without such a file everything stays SimpleTuner's.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+FOLDER_VARIABLE = "SIMPLETUNER_LAYERPROBE_PROCESSES"
+STOP_SECONDS = 600.0
+
+
+def announce() -> None:
+    """In a training process: this one is a probe-only run and stops cleanly on SIGTERM."""
+    folder = os.environ.get(FOLDER_VARIABLE)
+    if folder and os.path.isdir(folder):
+        Path(folder, str(os.getpid())).touch()
+
+
+def announced(folder: str) -> list[int]:
+    """The processes that announced themselves."""
+    return [int(name) for name in os.listdir(folder) if name.isdecimal()]
+
+
+def install_cli(module: Any) -> None:
+    """Wrap `run_training` and the end of its processes in `simpletuner.cli.train`."""
+    module.run_training = _clean_stop(module.run_training)
+    module._terminate_process_group = _ask_before_ending(module._terminate_process_group)
+
+
+def _clean_stop(original: Callable[..., int]) -> Callable[..., int]:
+    @functools.wraps(original)
+    def run_training(*args: Any, **kwargs: Any) -> int:
+        folder = tempfile.mkdtemp(prefix="layerprobe-")
+        os.environ[FOLDER_VARIABLE] = folder
+
+        def on_terminate(number: int, frame: Any) -> None:
+            signal.signal(signal.SIGTERM, previous)
+            if announced(folder):
+                raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        previous = signal.signal(signal.SIGTERM, on_terminate)
+        try:
+            code = original(*args, **kwargs)
+            return 0 if code == 130 and Path(folder, "ended").exists() else code
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+            os.environ.pop(FOLDER_VARIABLE, None)
+            shutil.rmtree(folder, ignore_errors=True)
+
+    return run_training
+
+
+def _ask_before_ending(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def terminate(process: Any, *args: Any, **kwargs: Any) -> None:
+        folder = os.environ.get(FOLDER_VARIABLE, "")
+        pids = announced(folder) if folder and os.path.isdir(folder) else []
+        for pid in pids:
+            try:
+                os.kill(pid, signal.SIGTERM)
+            except ProcessLookupError:
+                continue
+        if pids:
+            try:
+                if process.wait(timeout=STOP_SECONDS) == 0:
+                    Path(folder, "ended").touch()
+                return
+            except subprocess.TimeoutExpired:
+                print("layerprobe: the training process did not stop; ending it", file=sys.stderr, flush=True)
+        original(process, *args, **kwargs)
+
+    return terminate
+
+
+def install_accelerate(module: Any) -> None:
+    """In `accelerate launch`: no traceback of its own below the one-line error of a probe-only run."""
+    if FOLDER_VARIABLE not in os.environ:
+        return
+    original = module.simple_launcher
+
+    @functools.wraps(original)
+    def simple_launcher(*args: Any, **kwargs: Any) -> None:
+        try:
+            original(*args, **kwargs)
+        except subprocess.CalledProcessError as error:
+            if not announced(os.environ[FOLDER_VARIABLE]):
+                raise
+            sys.exit(error.returncode if error.returncode > 0 else 1)
+
+    module.simple_launcher = simple_launcher

@@ -1,0 +1,288 @@
+"""One probe-only run inside the training process: from the observer's distances to the run folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from simpletuner_layerprobe import ProbeError
+from simpletuner_layerprobe.families import Family
+from simpletuner_layerprobe.record.fingerprint import fingerprint
+from simpletuner_layerprobe.record.observer import READINGS, Observer
+from simpletuner_layerprobe.record.rows import Facts, RowBuffer
+from simpletuner_layerprobe.record.sigmas import stratified_sigmas, uniform_sigmas
+from simpletuner_layerprobe.run.manifest import (
+    MANIFEST_NAME,
+    SCHEMA_VERSION,
+    Manifest,
+    Stream,
+    utc_now,
+    write_new_file,
+)
+from simpletuner_layerprobe.run.modules import module_table
+from simpletuner_layerprobe.run.shards import ShardWriter, create_run, open_run
+from simpletuner_layerprobe.settings import ProbeSettings
+
+CONFIG_NAME = "config.json"
+
+
+class Session:
+    """The state of one probe-only run in one process.
+
+    recorded: samples that the run folder had before this start. changed: what was switched off in the user's
+    config, one line per reason. idle_parameter: the one parameter that the optimizer gets.
+    """
+
+    def __init__(self, settings: ProbeSettings, family: Family, options: Mapping[str, Any]) -> None:
+        self.settings = settings
+        self.family = family
+        self.options = dict(options)
+        self.changed: list[str] = []
+        self.idle_parameter: torch.nn.Parameter
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        self.recorded = self._count_recorded()
+        self.observer: Observer | None = None
+        self._writer: ShardWriter
+        self._buffer: RowBuffer
+        self._kept = 0
+        self._drawn = 0
+        self._stop_requested = False
+        self._failed = False
+        self._armed: tuple[torch.Tensor, torch.Tensor | None, Facts] | None = None
+        self._distances: dict[tuple[str, str], torch.Tensor] | None = None
+        self._started = time.monotonic()
+        self._flushed = self._started
+        self._seconds = 0.0
+        self._summary = ""
+
+    def _count_recorded(self) -> int:
+        if not (Path(self.settings.directory) / MANIFEST_NAME).exists():
+            return 0
+        return open_run(self.settings.directory).sample_count()
+
+    # What this rank still has to record.
+
+    @property
+    def quota(self) -> float:
+        """How many samples this rank keeps in this start; infinite if the epochs or max_train_steps decide."""
+        if not self.settings.samples:
+            return float("inf")
+        left = max(0, self.settings.samples - self.recorded)
+        return left // self.ranks + (self.rank < left % self.ranks)
+
+    @property
+    def nothing_to_do(self) -> bool:
+        return bool(self.settings.samples) and self.recorded >= self.settings.samples
+
+    @property
+    def finished(self) -> bool:
+        return self._kept >= self.quota
+
+    def wants_to_stop(self) -> bool:
+        return self.finished or self._stop_requested
+
+    def agree(self, reached_epoch_end: bool) -> tuple[bool, bool]:
+        """What the ranks decide together: (the epoch is over, the run stops). All of them ask at the same step.
+
+        The run stops when one was told to, or when all have their samples: uneven batches may let one finish first.
+        """
+        epoch_end, asked, unfinished = reached_epoch_end, self._stop_requested, not self.finished
+        if self.ranks > 1:
+            device = self.idle_parameter.device
+            flags = torch.tensor([epoch_end, asked, unfinished], dtype=torch.int32, device=device)
+            torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
+            epoch_end, asked, unfinished = (bool(flag) for flag in flags.tolist())
+        return epoch_end, asked or not unfinished
+
+    def last_step(self, global_step: int, max_train_steps: int) -> int:
+        """The number of steps after which SimpleTuner's loop ends by itself, asked in the middle of each step."""
+        if self.ranks == 1 and self.wants_to_stop():
+            return global_step
+        if self.settings.samples:
+            return max(max_train_steps, global_step + 2)
+        return max_train_steps
+
+    # Recording.
+
+    @contextmanager
+    def recording(
+        self, denoiser: nn.Module, flavour: str, run_settings: Mapping[str, object], versions: Mapping[str, str]
+    ) -> Iterator[None]:
+        """Hook the denoiser, open the run folder, keep the rows safe until the end, whatever ends it.
+
+        Raises ProbeError if the folder holds a run with other settings or of another model.
+        """
+        with Observer(denoiser, self.family) as observer, self._stop_on_signals():
+            manifest = Manifest(
+                schema=SCHEMA_VERSION,
+                family=self.family.name,
+                flavour=flavour,
+                model_class=type(denoiser).__name__,
+                streams=tuple(Stream(name, blocks) for name, blocks in observer.streams.items()),
+                tokens=READINGS,
+                modules=module_table(denoiser),
+                versions=dict(versions),
+                settings={"sigmas": self.settings.sigmas, **run_settings},
+                fingerprint=fingerprint(denoiser),
+                created=utc_now(),
+                source="probe",
+            )
+            create_run(self.settings.directory, manifest)
+            if self.rank == 0:
+                self._keep_options()
+            self._writer = ShardWriter(self.settings.directory, manifest, self.rank)
+            self._buffer = RowBuffer(
+                {(stream, reading): len(blocks) for stream, blocks in observer.streams.items() for reading in READINGS}
+            )
+            self.observer = observer
+            self._started = self._flushed = time.monotonic()
+            try:
+                yield
+            except BaseException:
+                self._failed = True
+                raise
+            finally:
+                self.observer = None
+                self._seconds = time.monotonic() - self._started
+                self.flush()
+
+    def _keep_options(self) -> None:
+        """Put the user's SimpleTuner options beside the manifest, for the follow-up's config."""
+        path = Path(self.settings.directory) / CONFIG_NAME
+        if not path.exists():
+            data = json.dumps(self.options, indent=4).encode()
+            write_new_file(path, lambda file: file.write(data + b"\n"))
+
+    def arm(self, sigma_B: torch.Tensor, text_mask_BS: torch.Tensor | None, facts: Facts) -> None:
+        """The next forward is the one of a training step, with these sigmas and facts."""
+        self._armed = (sigma_B, text_mask_BS, facts)
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """Around a forward of the model: observed if armed, else let through."""
+        if self.observer is None or self._armed is None or self._distances is not None:
+            yield
+            return
+        self.observer.begin(self._armed[1])
+        yield
+        self._distances = self.observer.finish()
+
+    def commit(self, loss: torch.Tensor, text_tokens: int) -> None:
+        """Keep the rows of the armed step. text_tokens: length of the text, for batches without a mask.
+
+        Raises ProbeError if the step ran no forward.
+        """
+        assert self._armed is not None
+        if self._distances is None:
+            raise ProbeError("the training step ran no forward of the model; there is nothing to record")
+        sigma_B, mask_BS, facts = self._armed
+        count = len(sigma_B)
+        sizes = {len(value) for value in self._distances.values()}
+        if sizes != {count}:
+            raise ProbeError(f"the model's forward gave {sorted(sizes)} rows for a batch of {count} samples")
+        tokens_B = (
+            torch.full((count,), text_tokens, device=sigma_B.device) if mask_BS is None else mask_BS.sum(dim=1)
+        )
+        keep = int(min(count, self.quota - self._kept))
+        self._buffer.append(self._distances, sigma_B, tokens_B, loss, facts, keep)
+        self._kept += keep
+        self._armed = None
+        self._distances = None
+        if time.monotonic() - self._flushed >= self.settings.flush_seconds:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the rows since the last flush as one shard."""
+        self._flushed = time.monotonic()
+        rows = self._buffer.take()
+        if rows is not None:
+            self._writer.write(rows)
+
+    def draw_sigmas(self, count: int, seed: int) -> np.ndarray:
+        """The sigmas of the next `count` samples of this rank, (count,) float64 in [0, 1)."""
+        first = self._drawn
+        self._drawn += count
+        if self.settings.sigmas == "uniform":
+            return uniform_sigmas(count, seed=seed, rank=self.rank, first=self.recorded + first)
+        sample_N = self.recorded + self.rank + self.ranks * np.arange(first, first + count)
+        return stratified_sigmas(sample_N, seed=seed)
+
+    @contextmanager
+    def _stop_on_signals(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM end the run after the current step; a second one interrupts at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            if self._stop_requested:
+                raise KeyboardInterrupt
+            self._stop_requested = True
+            print("\nlayerprobe: stopping after this step; once more to stop at once", flush=True)
+
+        previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def interrupt_on_terminate(self) -> None:
+        """Before the loop there is nothing to finish: SIGTERM ends the process as Ctrl-C does."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    # What the user sees.
+
+    def start_text(self, device: str) -> str:
+        """The summary at the start: what the probe records and what it switched off."""
+        assert self.observer is not None
+        blocks = ", ".join(f"{len(paths)} {stream}" for stream, paths in self.observer.streams.items())
+        lines = [
+            f"layerprobe: probe-only run, nothing is trained. Blocks: {blocks}. Sigmas: {self.settings.sigmas}. "
+            f"Samples: {self.settings.samples or 'as max_train_steps or the epochs give'}. Device: {device}.",
+            f"layerprobe: run folder {self.settings.directory}"
+            + (f", goes on after {self.recorded} samples" if self.recorded else ""),
+        ]
+        lines += [f"layerprobe: switched off or overridden - {line}" for line in self.changed]
+        return "\n".join(lines)
+
+    def finish(self) -> None:
+        """After the loop, on every rank: count what the run has now, for the last line."""
+        directory = self.settings.directory
+        total = open_run(directory).sample_count()
+        new = total - self.recorded
+        speed = f" in {self._seconds:.1f} s ({new / self._seconds:.2f} samples/s)" if self._seconds else ""
+        self._summary = (
+            f"layerprobe: {new} samples{speed}, {total} in the run {directory}; next: layerprobe heatmap {directory}"
+            f" --out {os.path.join(directory, 'figures')}"
+        )
+
+    def finish_early(self) -> None:
+        directory = self.settings.directory
+        self._summary = (
+            f"layerprobe: the run {directory} has its {self.recorded} samples already, nothing to do; "
+            f"raise layerprobe_samples ({self.settings.samples}) for more"
+        )
+
+    def print_summary(self) -> None:
+        """The last line, once, on the main process."""
+        if self._failed:
+            self._summary = f"layerprobe: ended by an error; what was recorded is kept in {self.settings.directory}"
+        if self._summary and self.rank == 0:
+            print(self._summary, flush=True)
+        self._summary = ""
+        self._failed = False

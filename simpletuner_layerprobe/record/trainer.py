@@ -1,0 +1,475 @@
+"""Turns SimpleTuner's Trainer into a probe-only one: the only file that names Trainer internals.
+
+`install` wraps the methods in SEAMS once, when SimpleTuner's trainer module was imported. Without the flag
+every wrapper passes straight through. With it, SimpleTuner's own loop, dataloaders, batch preparation and noise
+run as always; the forward runs without autograd under an Observer, and the place of the backward pass is taken
+by keeping the distances.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import logging
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from simpletuner_layerprobe import ProbeError, __version__, families
+from simpletuner_layerprobe.record import config as given
+from simpletuner_layerprobe.record import cpu, launch
+from simpletuner_layerprobe.record.rows import Facts
+from simpletuner_layerprobe.record.seams import SEAMS, missing_seams, simpletuner_version
+from simpletuner_layerprobe.record.session import Session
+from simpletuner_layerprobe.settings import ProbeSettings
+
+logger = logging.getLogger("SimpleTuner")
+
+# What a probe-only run sets in SimpleTuner's options, whatever the user's config says. Grouped by reason; the
+# summary at the start names those that differ from the user's values.
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "no adapter": {
+        "model_type": "lora",
+        "lora_type": "lycoris",
+        "lycoris_config": None,
+        "init_lora": None,
+        "train_text_encoder": False,
+    },
+    "no optimizer": {
+        "optimizer": "adamw_bf16",
+        "optimizer_release_gradients": False,
+        "lr_scheduler": "constant",
+        "lr_warmup_steps": 0,
+        "gradient_precision": "unmodified",
+        "use_ema": False,
+    },
+    "no gradient checkpointing": {
+        "gradient_checkpointing": False,
+        "gradient_checkpointing_offload_attention": False,
+        "gradient_checkpointing_offload_prefetch": False,
+    },
+    "every token through every block": {"tread_config": None, "diffusion_blocks_config": None},
+    "one plain forward per step": {
+        "distillation_method": None,
+        "scheduled_sampling_max_step_offset": 0,
+        "scheduled_sampling_reflexflow": False,
+        "twinflow_enabled": False,
+        "crepa_enabled": False,
+        "irepa_enabled": False,
+        "urepa_enabled": False,
+        "layersync_enabled": False,
+        "internal_guidance_enabled": False,
+        "xm_enabled": False,
+        "nextlat_enabled": False,
+        "self_transcendence_enabled": False,
+    },
+    "no checkpoints": {
+        "checkpoint_step_interval": None,
+        "checkpointing_steps": None,
+        "checkpoint_epoch_interval": None,
+        "checkpointing_rolling_steps": 0,
+        "resume_from_checkpoint": None,
+    },
+    "no validation": {
+        "validation_disable": True,
+        "validation_on_startup": False,
+        "disable_benchmark": True,
+        "eval_steps_interval": None,
+        "eval_epoch_interval": None,
+    },
+    "no upload": {
+        "push_to_hub": False,
+        "push_checkpoints_to_hub": False,
+        "publishing_config": None,
+        "post_upload_script": None,
+        "post_checkpoint_script": None,
+    },
+}
+
+# What of the training config decides the recorded numbers: a run goes on only if these are the same.
+RUN_SETTINGS = (
+    "model_flavour",
+    "base_model_precision",
+    "mixed_precision",
+    "resolution",
+    "resolution_type",
+    "caption_dropout_probability",
+)
+
+# Options that a probe-only run cannot work with: option -> is it on?
+REFUSED: dict[str, Callable[[Any], bool]] = {
+    "controlnet": bool,
+    "control": bool,
+    "fsdp_enable": bool,
+    "deepspeed_config": lambda value: value not in (None, "", "None", {}),
+    "disable_accelerator": bool,
+    "context_parallel_size": lambda value: value not in (None, "", "None") and int(value) > 1,
+}
+
+
+def install(module: Any) -> None:
+    """Wrap the Trainer of `simpletuner.helpers.training.trainer`. If a seam is missing, only refuse the flag."""
+    sys.excepthook = _one_line_errors(sys.excepthook)
+    cpu.install_pin_memory_fallback()
+    trainer_class = module.Trainer
+    missing = missing_seams(trainer_class)
+    if missing:
+        trainer_class.__init__ = _refusing(trainer_class.__init__, missing)
+        return
+    for name, wrapper in WRAPPERS.items():
+        setattr(trainer_class, name, wrapper(getattr(trainer_class, name)))
+
+
+def uninstall(module: Any) -> None:
+    """Take the wrappers off again."""
+    trainer_class = module.Trainer
+    for name in SEAMS:
+        method = getattr(trainer_class, name, None)
+        if getattr(method, "layerprobe", False):
+            setattr(trainer_class, name, method.__wrapped__)
+    if getattr(sys.excepthook, "layerprobe", False):
+        sys.excepthook = sys.excepthook.__wrapped__  # type: ignore[attr-defined]
+    cpu.uninstall_pin_memory_fallback()
+
+
+def _refusing(original: Callable[..., None], missing: list[str]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if getattr(self.config, "layerprobe", False):
+            raise ProbeError(
+                f"simpletuner-layerprobe {__version__} does not fit SimpleTuner {simpletuner_version()}: "
+                f"{'; '.join(missing)}; install versions that fit each other ('layerprobe doctor' shows them)"
+            )
+
+    __init__.layerprobe = True  # type: ignore[attr-defined]
+    return __init__
+
+
+def _one_line_errors(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def excepthook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        if isinstance(error, ProbeError):
+            print(f"layerprobe: error: {error}", file=sys.stderr, flush=True)
+        else:
+            original(kind, error, trace)
+
+    excepthook.layerprobe = True  # type: ignore[attr-defined]
+    return excepthook
+
+
+def session_of(trainer: Any) -> Session | None:
+    """The probe session of a Trainer, or None if it trains."""
+    return trainer.__dict__.get("layerprobe_session")
+
+
+Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
+WRAPPERS: dict[str, Wrapper] = {}
+
+
+def _wrapper(probe: Callable[..., Any]) -> Callable[..., Any]:
+    """Register `probe(original, session, self, ...)` to run instead of the Trainer method of the same name.
+
+    Without a probe session the original runs and nothing else.
+    """
+    name = probe.__name__
+
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+            session = session_of(self)
+            if session is None:
+                return original(self, *args, **kwargs)
+            return probe(original, session, self, *args, **kwargs)
+
+        method.layerprobe = True  # type: ignore[attr-defined]
+        return method
+
+    WRAPPERS[name] = wrap
+    return probe
+
+
+def _parse_arguments(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def parse_arguments(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        if self.config.layerprobe:
+            launch.announce()
+        given.check_flag()
+        settings = ProbeSettings.from_config(self.config)
+        if settings is not None:
+            self.layerprobe_session = start_session(self, settings)
+        return result
+
+    parse_arguments.layerprobe = True  # type: ignore[attr-defined]
+    return parse_arguments
+
+
+WRAPPERS["parse_arguments"] = _parse_arguments
+
+
+def start_session(trainer: Any, settings: ProbeSettings) -> Session:
+    """Check that this config can be probed, switch off what trains, and make the session. Raises ProbeError."""
+    config = trainer.config
+    refused = [name for name, is_on in REFUSED.items() if is_on(getattr(config, name, None))]
+    if refused:
+        raise ProbeError(
+            f"{refused[0]} is {getattr(config, refused[0])!r}; a probe-only run cannot work with it, "
+            f"remove it from this config"
+        )
+    family = families.family(config.model_family)
+    session = Session(settings, family, given.given_options())
+    changed = override(config)
+    if config.seed is not None and session.recorded:
+        # The loop starts from its first image again; other noise and crops make the samples new ones.
+        config.seed = int(config.seed) + session.recorded
+        changed.append(f"seed: other noise than the {session.recorded} samples recorded so far")
+    session.changed = changed
+    session.interrupt_on_terminate()
+    return session
+
+
+def override(config: Any) -> list[str]:
+    """Set OVERRIDES in the options. Returns a line per group in which a value differed."""
+    lines = []
+    for reason, values in OVERRIDES.items():
+        changed = []
+        for name, value in values.items():
+            if not hasattr(config, name):
+                continue
+            before = getattr(config, name)
+            if before != value and not (_is_off(before) and _is_off(value)):
+                changed.append(f"{name} (was {_short(before)})")
+            setattr(config, name, value)
+        if changed:
+            lines.append(f"{reason}: {', '.join(changed)}")
+    return lines
+
+
+def _is_off(value: Any) -> bool:
+    return value in (None, False, 0, "", "None", "none", "0", "unmodified")
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+@_wrapper
+def init_trainable_peft_adapter(original: Any, session: Session, self: Any) -> None:
+    self.model.get_trained_component(unwrap_model=False).requires_grad_(False)
+
+
+@_wrapper
+def init_ema_model(original: Any, session: Session, self: Any) -> None:
+    self.ema_model = None
+
+
+@_wrapper
+def init_optimizer(original: Any, session: Session, self: Any) -> None:
+    """An optimizer over one parameter of its own: the loop, its scheduler and accelerate go on as always."""
+    self.model.get_trained_component(unwrap_model=False).requires_grad_(False)
+    session.idle_parameter = torch.nn.Parameter(torch.zeros((), device=self.accelerator.device))
+    self.params_to_optimize = [session.idle_parameter]
+    self.optimizer = torch.optim.SGD(self.params_to_optimize, lr=float(self.config.learning_rate))
+    self.sidecar_optimizer = None
+    self.sidecar_lr = None
+    self.sidecar_is_schedulefree = False
+    self.sidecar_scheduler_disabled = False
+
+
+@_wrapper
+def _get_trainable_parameters(original: Any, session: Session, self: Any) -> list[torch.nn.Parameter]:
+    return [session.idle_parameter]
+
+
+@_wrapper
+def prepare_batch(original: Any, session: Session, self: Any, batch: Any) -> Any:
+    prepared = original(self, batch)
+    if isinstance(prepared, dict):
+        # Scales an adapter that a probe-only run does not have.
+        prepared["slider_strength"] = None
+    return prepared
+
+
+@_wrapper
+def _prepare_regularisation_parent_targets(original: Any, session: Session, self: Any, prepared_batch: dict) -> None:
+    """Without an adapter the model is its own parent: one forward less."""
+
+
+@_wrapper
+def _compute_model_prediction_loss(original: Any, session: Session, self: Any, prepared_batch: dict) -> Any:
+    if session.observer is None:
+        return original(self, prepared_batch)
+    sigma_B = noise_levels(prepared_batch)
+    text_mask_BS = text_mask(prepared_batch)
+    text_tokens = text_length(prepared_batch)
+    session.arm(sigma_B, text_mask_BS, sample_facts(prepared_batch, len(sigma_B)))
+    with torch.no_grad():
+        result = original(self, prepared_batch)
+    session.commit(loss=result[2], text_tokens=text_tokens)
+    self.config.max_train_steps = session.last_step(self.state["global_step"], self.config.max_train_steps)
+    return result
+
+
+@_wrapper
+def model_predict(original: Any, session: Session, self: Any, *args: Any, **kwargs: Any) -> Any:
+    with session.forward():
+        return original(self, *args, **kwargs)
+
+
+@_wrapper
+def _any_rank_reached_epoch_end(original: Any, session: Session, self: Any, reached_epoch_end: bool) -> bool:
+    """SimpleTuner's own question to all ranks before each step; it also carries the wish to stop."""
+    if not original(self, reached_epoch_end or session.wants_to_stop()):
+        return False
+    epoch_end, stop = session.agree(reached_epoch_end)
+    if stop:
+        self.config.max_train_steps = self.state["global_step"]
+    return epoch_end or stop
+
+
+@_wrapper
+def checkpoint_state_save(original: Any, session: Session, self: Any, *args: Any, **kwargs: Any) -> None:
+    logger.info("layerprobe: a probe-only run has nothing to save in a checkpoint")
+
+
+@_wrapper
+def train(original: Any, session: Session, self: Any) -> None:
+    if session.nothing_to_do:
+        session.finish_early()
+        return
+    # Built by SimpleTuner before the loop, used in it and in its final export.
+    self.validation = None
+    self.evaluation = None
+    self.hub_manager = None
+    config = self.config
+    if session.settings.samples:
+        per_step = max(1, int(config.train_batch_size)) * session.ranks * max(1, config.gradient_accumulation_steps)
+        config.max_train_steps = math.ceil((session.settings.samples - session.recorded) / per_step)
+        config.strict_epoch_limit = False
+    versions = {name: importlib.metadata.version(name) for name in ("simpletuner", "torch", "diffusers")}
+    denoiser = self.model.get_trained_component()
+    with (
+        session.recording(
+            denoiser,
+            flavour=str(config.model_flavour or ""),
+            run_settings={name: _plain(getattr(config, name, None)) for name in RUN_SETTINGS},
+            versions={**versions, "simpletuner-layerprobe": __version__},
+        ),
+        _no_backward(self, session),
+        _probe_sigmas(self, session),
+        _eager(config),
+    ):
+        if session.rank == 0:
+            print(session.start_text(str(self.accelerator.device)), flush=True)
+        original(self)
+    self.accelerator.wait_for_everyone()
+    session.finish()
+
+
+@contextmanager
+def _no_backward(self: Any, session: Session) -> Iterator[None]:
+    """In place of `accelerator.backward(loss)`: a backward through the idle parameter alone.
+
+    It leaves a zero gradient, so that clipping, gradient scaling and the optimizer find what they expect.
+    """
+    accelerator = self.accelerator
+    backward = accelerator.backward
+    accelerator.backward = lambda loss, **kwargs: backward(session.idle_parameter * 0, **kwargs)
+    try:
+        yield
+    finally:
+        del accelerator.backward
+
+
+@contextmanager
+def _eager(config: Any) -> Iterator[None]:
+    """Hooks do not fire inside a compiled forward: run it uncompiled."""
+    if _is_off(config.dynamo_backend) or str(config.dynamo_backend).lower() == "no":
+        yield
+        return
+    torch.compiler.set_stance("force_eager")
+    try:
+        yield
+    finally:
+        torch.compiler.set_stance("default")
+
+
+@contextmanager
+def _probe_sigmas(self: Any, session: Session) -> Iterator[None]:
+    """Let the probe draw the noise levels, unless the user's own schedule is asked for."""
+    model = self.model
+    if session.settings.sigmas == "training":
+        yield
+        return
+    seed = int(session.options.get("seed", 0) or 0)
+
+    def sample_flow_sigmas(batch: dict, state: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        sigmas = session.draw_sigmas(batch["latents"].shape[0], seed)
+        sigma_B = torch.from_numpy(sigmas).to(device=self.accelerator.device, dtype=torch.float32)
+        return sigma_B, sigma_B * 1000.0
+
+    model.sample_flow_sigmas = sample_flow_sigmas
+    try:
+        yield
+    finally:
+        del model.sample_flow_sigmas
+
+
+def noise_levels(prepared_batch: dict) -> torch.Tensor:
+    """The sigma of each sample, (B,) in [0, 1], 1 = noise; the mean over tokens where they differ."""
+    sigmas = prepared_batch["sigmas"]
+    return sigmas.detach().float().reshape(sigmas.shape[0], -1).mean(dim=1).clamp(0, 1)
+
+
+def text_mask(prepared_batch: dict) -> torch.Tensor | None:
+    """True for the valid text tokens, (B, S); None if the batch has no mask."""
+    mask = prepared_batch.get("encoder_attention_mask")
+    if not torch.is_tensor(mask):
+        return None
+    return mask.reshape(mask.shape[0], -1) > 0.5
+
+
+def text_length(prepared_batch: dict) -> int:
+    """Number of text tokens of the batch, padding included; -1 if it has no text."""
+    text = prepared_batch.get("encoder_hidden_states")
+    return int(text.shape[1]) if torch.is_tensor(text) else -1
+
+
+def sample_facts(prepared_batch: dict, count: int) -> Facts:
+    """What SimpleTuner knows of each sample of a batch."""
+    backend = str(prepared_batch.get("data_backend_id") or "")
+    prompts = prepared_batch.get("prompts")
+    dropped = [int(not prompt) for prompt in prompts] if isinstance(prompts, list) and len(prompts) == count else None
+    sizes = [_pixel_size(path, backend) for path in prepared_batch.get("filepaths") or []]
+    if len(sizes) != count:
+        sizes = [(0, 0)] * count
+    return Facts(
+        width=[width for width, _ in sizes],
+        height=[height for _, height in sizes],
+        caption_dropped=dropped or [-1] * count,
+        backend=[backend] * count,
+    )
+
+
+def _pixel_size(path: str, backend: str) -> tuple[int, int]:
+    from simpletuner.helpers.training.state_tracker import StateTracker
+
+    metadata = StateTracker.get_metadata_by_filepath(path, data_backend_id=backend) or {}
+    size = metadata.get("target_size") or (0, 0)
+    return int(size[0]), int(size[1])
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, (bool, int, float, str, type(None))) else str(value)
+
+
+@_wrapper
+def cleanup(original: Any, session: Session, self: Any) -> None:
+    original(self)
+    session.print_summary()

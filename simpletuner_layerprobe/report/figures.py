@@ -1,0 +1,397 @@
+"""The article's figures and the heatmaps as arrays.
+
+Everything is returned as bytes; the same input gives the same bytes with the same versions of matplotlib
+and numpy. matplotlib is imported inside the functions, draws with Agg and leaves no global state behind.
+
+Shape letters: T bins, L blocks.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simpletuner_layerprobe.analyse.heatmap import Heatmap, all_blocks, bin_edges
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+FIGURE_CLIP_PERCENTILE = 95
+FORMATS = ("png", "svg")
+
+_COLOUR_MAP = "viridis"  # monotone in lightness, and read alike with every common colour blindness
+_HEAD_INCHES = 0.62
+_INK = "#222222"
+_MUTED = "#6b6b6b"
+_EMPTY_FACE, _EMPTY_HATCH = "#f2f2f2", "#a8a8a8"
+_FACTOR_BAR, _REPEATED_BAR, _CRITICAL_BAR = "#0072b2", "#9ecae1", "#d55e00"  # after Okabe and Ito
+_READINGS = {"last": "last token", "mean": "mean over tokens"}
+
+
+@dataclass(frozen=True)
+class _View:
+    """One way to show a heatmap: its row of panels in Figures 1 and 2."""
+
+    title: str
+    unit: str
+    transform: Callable[[NDArray[np.float64]], NDArray[np.float64]]
+    clipped: bool = False
+
+
+def _clip(filled_TL: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.minimum(filled_TL, np.percentile(filled_TL, FIGURE_CLIP_PERCENTILE))
+
+
+_VIEWS = (
+    _View("linear", "angular distance (fraction of π)", lambda filled_TL: filled_TL),
+    _View("log1p", "ln(1 + angular distance)", np.log1p),
+    _View(
+        f"clipped at the {FIGURE_CLIP_PERCENTILE}th percentile",
+        "angular distance (fraction of π)",
+        _clip,
+        clipped=True,
+    ),
+)
+
+
+def streams_figure(streams: Mapping[str, Heatmap], *, model: str = "", file_format: str = "png") -> bytes:
+    """Figure 1: one column of panels per stream; rows linear, log1p, clipped at the 95th percentile.
+
+    Columns of the heatmaps are blocks by number, rows are sigma bins from 0 (clean) at the bottom to 1
+    (noise) at the top. A bin without samples is hatched; the percentile is taken over the other cells. A
+    block that a stream lacks is blank and says so: a number means the same block in every panel.
+    """
+    return _heatmap_figure(
+        tuple(streams.values()),
+        what=[f"{name} stream" for name in streams],
+        blocks=all_blocks([heatmap.blocks for heatmap in streams.values()]),
+        title="Figure 1.  How much each block changes the hidden states, by stream",
+        model=model,
+        file_format=file_format,
+    )
+
+
+def combination_figure(combination: Heatmap, *, model: str = "", file_format: str = "png") -> bytes:
+    """Figure 2: the plain mean of the streams (`analyse.heatmap.combined`) in the same three views."""
+    return _heatmap_figure(
+        (combination,),
+        what=["mean of the streams"],
+        blocks=combination.blocks,
+        title="Figure 2.  How much each block changes the hidden states, streams combined",
+        model=model,
+        file_format=file_format,
+    )
+
+
+def factor_figure(
+    blocks: Sequence[str],
+    factors: Sequence[int],
+    *,
+    critical: Sequence[int] = (),
+    repeated: Sequence[int] = (),
+    max_factor: int = 12,
+    model: str = "",
+    file_format: str = "png",
+) -> bytes:
+    """Figure 3: the LoKr factor of each block. `critical` and `repeated` are block numbers.
+
+    Critical blocks have their own colour and a hatch; blocks that repeat their neighbour's factor, because
+    a stream lacks them, are pale.
+    """
+    from matplotlib.patches import Patch
+    from matplotlib.ticker import MaxNLocator
+
+    L = len(blocks)
+    width = float(np.clip(2.2 + 0.24 * L, 7.0, 18.0))
+    with _style():
+        figure = _new_figure(width, 4.4)
+        axes = figure.add_subplot()
+        colour = [
+            _CRITICAL_BAR if i in critical else _REPEATED_BAR if i in repeated else _FACTOR_BAR
+            for i in range(L)
+        ]
+        bars = axes.bar(range(L), factors, width=0.82, color=colour, zorder=2)
+        for i in critical:
+            bars[i].set_hatch("////")
+            bars[i].set_edgecolor("white")
+            bars[i].set_linewidth(0.0)
+        for i, factor in enumerate(factors):
+            axes.annotate(
+                str(factor),
+                (i, factor),
+                xytext=(0, 2),
+                textcoords="offset points",
+                ha="center",
+                va="bottom",
+                fontsize=7.5,
+                color=_INK,
+            )
+        _list_boundaries(axes, blocks)
+        _block_labels(axes, blocks, width - 1.0)
+        axes.set_xlim(-0.7, L - 0.3)
+        axes.set_ylim(0, max_factor * 1.09)
+        axes.set_ylabel("LoKr factor")
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
+        axes.grid(axis="y", color="#e4e4e4", linewidth=0.7, zorder=0)
+        axes.tick_params(axis="y", length=0)
+        for side in ("left", "right", "top"):
+            axes.spines[side].set_visible(False)
+        entries = [Patch(facecolor=_FACTOR_BAR, label="from the contribution")]
+        if len(critical):
+            entries.append(
+                Patch(
+                    facecolor=_CRITICAL_BAR, hatch="////", edgecolor="white", linewidth=0, label="critical: 1"
+                )
+            )
+        if len(repeated):
+            entries.append(Patch(facecolor=_REPEATED_BAR, label="repeats the nearest block"))
+        if len(entries) > 1:
+            figure.legend(
+                handles=entries, loc="outside lower center", ncols=len(entries), frameon=False, fontsize=8.5
+            )
+        _head(
+            figure,
+            "Figure 3.  Weighted LoKr factor of each block",
+            ("smaller factor, more parameters", "attention gets twice the factor", model),
+        )
+        return _rendered(figure, file_format)
+
+
+def heatmap_npz(heatmaps: Mapping[str, Heatmap]) -> bytes:
+    """The heatmaps as an .npz file without pickled objects (`numpy.load` reads it as it is).
+
+    For every heatmap S ("image", "text", and "combined" if it is among them):
+      S_mean       (T, L) float64: mean angular distance, fraction of pi; 0 where the bin has no sample
+      S_count      (T,) int64: samples in each bin
+      S_blocks     (L,) str: path of each block in the model
+      S_nonfinite  () int64: samples left out because a distance was NaN or infinite
+    and once: bin_edges (T + 1,) float64, sigma 0 (clean) .. 1 (noise); tokens () str, the reading.
+    """
+    first = next(iter(heatmaps.values()))
+    arrays: dict[str, NDArray[Any]] = {"bin_edges": bin_edges(first.bins), "tokens": np.array(first.tokens)}
+    for heatmap in heatmaps.values():
+        arrays[f"{heatmap.stream}_mean"] = heatmap.mean_TL
+        arrays[f"{heatmap.stream}_count"] = heatmap.count_T
+        arrays[f"{heatmap.stream}_blocks"] = np.array(heatmap.blocks)
+        arrays[f"{heatmap.stream}_nonfinite"] = np.array(heatmap.nonfinite)
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
+def _heatmap_figure(
+    heatmaps: Sequence[Heatmap],
+    *,
+    what: Sequence[str],
+    blocks: Sequence[str],
+    title: str,
+    model: str,
+    file_format: str,
+) -> bytes:
+    """A grid of panels: one column per heatmap, called `what`, and one row per view."""
+    panel_width = float(np.clip(0.19 * len(blocks) + 1.2, 5.0, 9.0 if len(heatmaps) > 1 else 14.0))
+    with _style():
+        figure = _new_figure(panel_width * len(heatmaps), 2.75 * len(_VIEWS) + 1.0)
+        grid = figure.subplots(len(_VIEWS), len(heatmaps), squeeze=False, sharex=True, sharey=True)
+        for row, view in enumerate(_VIEWS):
+            for column, heatmap in enumerate(heatmaps):
+                axes = grid[row, column]
+                # Viewers of SVG leave hairlines between neighbouring cells; a thin edge covers them.
+                _panel(axes, heatmap, blocks, view, edge=0.2 if file_format == "svg" else 0.0)
+                axes.set_title(f"{what[column]}, {view.title}", loc="left")
+                if row == len(_VIEWS) - 1:
+                    _block_labels(axes, blocks, panel_width - 1.7)
+                if column == 0:
+                    axes.set_ylabel("sigma bin  (0 clean, 1 noise)")
+        samples = max(int(heatmap.count_T.sum()) for heatmap in heatmaps)
+        left_out = max(heatmap.nonfinite for heatmap in heatmaps)
+        empty = any(heatmap.empty_bins() for heatmap in heatmaps)
+        facts = (
+            model,
+            f"{samples:,} samples" if samples != 1 else "1 sample",
+            _READINGS.get(heatmaps[0].tokens, heatmaps[0].tokens),
+            f"{left_out:,} left out (not finite)" if left_out else "",
+            "hatched: no samples" if empty else "",
+        )
+        _head(figure, title, facts)
+        return _rendered(figure, file_format)
+
+
+def _panel(axes: Axes, heatmap: Heatmap, blocks: Sequence[str], view: _View, *, edge: float) -> None:
+    """One heatmap in one view, with its colour bar. `edge`: line width around each cell, in points."""
+    from matplotlib.patches import Rectangle
+
+    T, L = heatmap.bins, len(blocks)
+    edges = bin_edges(T)
+    shown_TL = np.full((T, L), np.nan)
+    own_L = [blocks.index(block) for block in heatmap.blocks]
+    filled_T = heatmap.count_T > 0
+    if filled_T.any():
+        shown_TL[np.ix_(filled_T, own_L)] = view.transform(heatmap.mean_TL[filled_T])
+    low, high = (np.nanmin(shown_TL), np.nanmax(shown_TL)) if filled_T.any() else (0.0, 1.0)
+    if not high > low:
+        high = low + 1e-6
+    mesh = axes.pcolormesh(
+        np.arange(L + 1) - 0.5,
+        edges,
+        np.ma.masked_invalid(shown_TL),
+        cmap=_COLOUR_MAP,
+        vmin=low,
+        vmax=high,
+        edgecolors="face",
+        linewidth=edge,
+        rasterized=T > 50,
+    )
+    has_block_L = np.isin(np.arange(L), own_L)
+    for first, last in _spans(~filled_T):
+        for left, right in _spans(has_block_L):
+            axes.add_patch(
+                Rectangle(
+                    (left - 0.5, edges[first]),
+                    right - left + 1,
+                    edges[last + 1] - edges[first],
+                    facecolor=_EMPTY_FACE,
+                    edgecolor=_EMPTY_HATCH,
+                    hatch="////",
+                    linewidth=0.0,
+                )
+            )
+    for left, right in _spans(~has_block_L):
+        axes.text(
+            (left + right) / 2,
+            0.5,
+            f"not in the {heatmap.stream} stream",
+            rotation=90,
+            ha="center",
+            va="center",
+            fontsize=7,
+            color=_MUTED,
+        )
+    _list_boundaries(axes, blocks)
+    axes.set_xlim(-0.5, L - 0.5)
+    axes.set_ylim(0.0, 1.0)
+    axes.set_yticks(edges if T <= 10 else np.linspace(0.0, 1.0, 6))
+    axes.yaxis.set_major_formatter("{x:.3g}")
+    bar = axes.figure.colorbar(
+        mesh, ax=axes, extend="max" if view.clipped else "neither", pad=0.015, aspect=16
+    )
+    bar.set_label(view.unit, fontsize=8)
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.ax.tick_params(labelsize=7.5, length=2)
+
+
+def _list_starts(blocks: Sequence[str]) -> list[tuple[int, str]]:
+    """Where each block list of the model begins, and its path: (block number, "transformer_blocks")."""
+    lists = [block.rpartition(".")[0] for block in blocks]
+    return [(i, name) for i, name in enumerate(lists) if i == 0 or name != lists[i - 1]]
+
+
+def _list_boundaries(axes: Axes, blocks: Sequence[str]) -> None:
+    """A line wherever another block list of the model begins."""
+    for start, _ in _list_starts(blocks)[1:]:
+        axes.axvline(start - 0.5, color="white", linewidth=2.2, zorder=3)
+        axes.axvline(start - 0.5, color=_INK, linewidth=0.8, zorder=4)
+
+
+def _block_labels(axes: Axes, blocks: Sequence[str], width: float) -> None:
+    """Block numbers under the axes, and the names of the block lists if the model has several.
+
+    `width` is that of the blocks in inches: numbers are left out, and names too, where there is no room.
+    """
+    L = len(blocks)
+    step = next((s for s in (1, 2, 5, 10, 20, 50) if width / L * s >= 0.24), 100)
+    axes.set_xticks(range(0, L, step))
+    axes.set_xticks(range(L), minor=True)
+    axes.tick_params(axis="x", which="minor", length=1.5)
+    axes.set_xlabel("block number")
+    starts = _list_starts(blocks)
+    if len(starts) == 1:
+        return
+    axes.xaxis.labelpad = 14
+    for (start, name), end in zip(starts, [*(start for start, _ in starts[1:]), L], strict=True):
+        if width / L * (end - start) >= 0.066 * len(name):
+            axes.annotate(
+                name,
+                ((start + end - 1) / 2, 0.0),
+                xycoords=("data", "axes fraction"),
+                xytext=(0, -17),
+                textcoords="offset points",
+                ha="center",
+                va="top",
+                fontsize=7.5,
+                color=_MUTED,
+            )
+
+
+def _spans(chosen: NDArray[np.bool_]) -> list[tuple[int, int]]:
+    """The unbroken stretches of True, as (first, last) positions."""
+    change = np.flatnonzero(np.diff(np.concatenate([[False], chosen, [False]]).astype(np.int8)))
+    return [(int(first), int(end) - 1) for first, end in zip(change[::2], change[1::2], strict=True)]
+
+
+def _style() -> Any:
+    """matplotlib's own defaults plus the house style, whatever the user's matplotlibrc says."""
+    import matplotlib
+
+    kept = {"backend", "backend_fallback", "interactive", "toolbar", "timezone", "webagg.address"}
+    defaults: dict[Any, Any] = {
+        key: value for key, value in matplotlib.rcParamsDefault.items() if key not in kept
+    }
+    house: dict[Any, Any] = {
+        "font.size": 9,
+        "axes.titlesize": 9.5,
+        "axes.labelsize": 8.5,
+        "xtick.labelsize": 7.5,
+        "ytick.labelsize": 7.5,
+        "text.color": _INK,
+        "axes.labelcolor": _INK,
+        "axes.edgecolor": _MUTED,
+        "axes.linewidth": 0.6,
+        "xtick.color": _INK,
+        "ytick.color": _INK,
+        "xtick.major.width": 0.6,
+        "ytick.major.width": 0.6,
+        "xtick.minor.width": 0.5,
+        "xtick.major.size": 3,
+        "ytick.major.size": 3,
+        "hatch.linewidth": 0.7,
+        "svg.hashsalt": "layerprobe",
+        "text.parse_math": False,  # a dollar sign in a model's name is a dollar sign
+    }
+    return matplotlib.rc_context(rc={**defaults, **house})
+
+
+def _new_figure(width: float, height: float) -> Figure:
+    """A figure of its own, outside pyplot, drawn by Agg, with room for `_head` left free at the top."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    layout = ConstrainedLayoutEngine(rect=(0.0, 0.0, 1.0, 1.0 - _HEAD_INCHES / height))
+    figure = Figure(figsize=(width, height), layout=layout, facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _head(figure: Figure, title: str, facts: Sequence[str]) -> None:
+    """Title and one line of facts, left-aligned above the panels."""
+    width, height = figure.get_size_inches()
+    left = 0.12 / width
+    figure.text(left, 1 - 0.14 / height, title, fontsize=12.5, weight="bold", va="top", ha="left")
+    line = "   ·   ".join(fact for fact in facts if fact)
+    figure.text(left, 1 - 0.40 / height, line, fontsize=9, color=_MUTED, va="top", ha="left")
+
+
+def _rendered(figure: Figure, file_format: str) -> bytes:
+    """The figure as PNG (150 dots per inch) or SVG, without dates or versions in it."""
+    assert file_format in FORMATS, file_format
+    metadata = {"Software": None} if file_format == "png" else {"Date": None, "Creator": None}
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=file_format, dpi=150, metadata=metadata)
+    return buffer.getvalue()

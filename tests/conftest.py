@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+EXAMPLES = TESTS.parent / "examples"
+sys.path.insert(0, str(TESTS))
+
+
+@pytest.fixture(scope="session")
+def simpletuner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
+    """The real SimpleTuner, imported once for all tests that ask for it."""
+    from real import SimpleTuner
+
+    server = SimpleTuner(tmp_path_factory.mktemp("server") / "stderr.txt")
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def tiny_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny SD3 pipeline with its photographs and the environment `tiny-probe`."""
+    folder = tmp_path_factory.mktemp("pipeline") / "tiny"
+    make_pipeline(EXAMPLES / "tiny_sd3.py", "--out", folder, "--images", "6")
+    return folder
+
+
+def make_pipeline(script: Path, *arguments: object) -> None:
+    """In a process of its own: diffusers and transformers warn a lot, and here warnings are errors."""
+    command = [sys.executable, str(script), *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": f"{EXAMPLES}", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="session")
+def tiny_flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a Flux pipeline."""
+    folder = tmp_path_factory.mktemp("flux") / "tiny"
+    make_pipeline(TESTS / "tiny_flux.py", folder)
+    return folder
+
+
+@pytest.fixture
+def tiny(tiny_sd3: Path, tmp_path: Path) -> Callable[..., Path]:
+    """A function that copies the tiny pipeline and changes its probe config: `tiny(max_train_steps=4)`."""
+
+    def copy(source: Path = tiny_sd3, **options: object) -> Path:
+        folder = tmp_path / "tiny"
+        shutil.copytree(source, folder)
+        path = folder / "config" / "tiny-probe" / "config.json"
+        config = json.loads(path.read_text())
+        if options.get("max_train_steps"):
+            config["num_train_epochs"] = 0
+        config |= options
+        path.write_text(json.dumps(config))
+        return folder
+
+    return copy

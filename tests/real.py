@@ -1,0 +1,120 @@
+"""Runs of the real SimpleTuner for the tests: one import of its trainer, one forked process per run."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "ACCELERATE_USE_CPU": "1",
+    "ACCELERATE_MIXED_PRECISION": "bf16",
+    "SIMPLETUNER_LAYERPROBE": "1",
+}
+ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+@dataclass(frozen=True)
+class Result:
+    code: int
+    log: str
+    seconds: float
+
+    def line(self, start: str) -> str:
+        """The last line of the log that starts with `start`, after colours are taken out."""
+        return [line for line in self.log.splitlines() if line.startswith(start)][-1]
+
+
+class Started:
+    def __init__(self, pid: int, log: Path, codes: queue.Queue[int]) -> None:
+        self.pid = pid
+        self._log = log
+        self._codes = codes
+        self._since = time.monotonic()
+
+    def text(self) -> str:
+        return ANSI.sub("", self._log.read_text(errors="replace")) if self._log.exists() else ""
+
+    def wait_for(self, text: str, seconds: float = 120) -> None:
+        end = time.monotonic() + seconds
+        while text not in self.text():
+            assert time.monotonic() < end and self._codes.empty(), f"{text!r} did not come:\n{self.text()[-4000:]}"
+            time.sleep(0.1)
+
+    def result(self, seconds: float = 240) -> Result:
+        code = self._codes.get(timeout=seconds)
+        return Result(code, self.text(), time.monotonic() - self._since)
+
+
+class SimpleTuner:
+    """The server process of simpletuner_server.py."""
+
+    def __init__(self, log: Path) -> None:
+        self._stderr = log.open("w")
+        self._process = subprocess.Popen(
+            [sys.executable, str(TESTS / "simpletuner_server.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            text=True,
+            # Off in the server itself: each run switches it on, as the .pth file would.
+            env=os.environ | {"HF_HUB_OFFLINE": "1", "SIMPLETUNER_LAYERPROBE": "0"},
+        )
+        self._pids: queue.Queue[int] = queue.Queue()
+        self._codes: dict[int, queue.Queue[int]] = {}
+        assert self._process.stdout is not None
+        first = self._process.stdout.readline()
+        assert first and json.loads(first) == {"ready": True}, log.read_text()[-4000:]
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            answer = json.loads(line)
+            codes = self._codes.setdefault(answer["pid"], queue.Queue())
+            if "code" in answer:
+                codes.put(answer["code"])
+            else:
+                self._pids.put(answer["pid"])
+
+    def start(
+        self,
+        cwd: Path,
+        env: str,
+        *,
+        argv: Sequence[str] = (),
+        setup: str = "",
+        environment: dict[str, str] | None = None,
+        log: str = "log.txt",
+    ) -> Started:
+        """Start `train.py` for the SimpleTuner environment `env` of the folder `cwd`."""
+        job = {
+            "cwd": str(cwd),
+            "log": str(cwd / log),
+            "environment": ENVIRONMENT | {"ENV": env} | (environment or {}),
+            "argv": list(argv),
+            "setup": f"{TESTS / setup}" if setup else "",
+        }
+        assert self._process.stdin is not None
+        print(json.dumps(job), file=self._process.stdin, flush=True)
+        pid = self._pids.get(timeout=30)
+        return Started(pid, cwd / log, self._codes.setdefault(pid, queue.Queue()))
+
+    def run(self, cwd: Path, env: str, **options: object) -> Result:
+        return self.start(cwd, env, **options).result()  # type: ignore[arg-type]
+
+    def close(self) -> None:
+        self._process.terminate()
+        self._process.wait(timeout=30)
+        self._stderr.close()

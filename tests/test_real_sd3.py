@@ -1,0 +1,60 @@
+"""SD3 in SimpleTuner's own loop: the recorded distances, and what a probe-only run leaves alone."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from simpletuner_layerprobe.run.shards import Run, open_run
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def distances(run: Run) -> dict[str, np.ndarray]:
+    """All rows of the run: "image.last" -> (N, L)."""
+    parts: dict[str, list[np.ndarray]] = {}
+    for rows in run.rows():
+        for (stream, reading), values in rows.distances.items():
+            parts.setdefault(f"{stream}.{reading}", []).append(values)
+    return {name: np.concatenate(values) for name, values in parts.items()}
+
+
+def assert_equal_to_reference(folder: Path, run: Run, streams: dict[str, int]) -> None:
+    reference = np.load(folder / "reference.npz")
+    recorded = distances(run)
+    expected = {f"{stream}.{reading}" for stream in streams for reading in ("last", "mean")}
+    assert set(recorded) == set(reference.files) == expected
+    for name, values in recorded.items():
+        assert values.shape == (run.sample_count(), streams[name.split(".")[0]])
+        assert values.shape == reference[name].shape
+        np.testing.assert_allclose(values, reference[name], rtol=0, atol=2e-6)
+        assert values.min() > 0
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_every_distance_equals_the_articles_formula(simpletuner, tiny, batch_size):
+    folder = tiny(train_batch_size=batch_size, max_train_steps=6, gradient_checkpointing=True)
+    before = hashes(folder / "pipeline")
+    result = simpletuner.run(folder, "tiny-probe", setup="taps.py:tap_sd3")
+    assert result.code == 0, result.log[-4000:]
+
+    run = open_run(folder / "output" / "tiny-probe" / "layerprobe")
+    assert run.sample_count() == 6 * batch_size
+    assert_equal_to_reference(folder, run, {"image": 6, "text": 5})
+
+    assert hashes(folder / "pipeline") == before
+    left = {path.suffix for path in (folder / "output").rglob("*") if path.is_file()}
+    assert left == {".json", ".safetensors"}
+    weights = [path for path in (folder / "output").rglob("*.safetensors") if path.parent.name != "shards"]
+    assert weights == []
+    assert not list((folder / "output").rglob("checkpoint*"))
+    assert f"layerprobe: {6 * batch_size} samples in" in result.line("layerprobe: ")

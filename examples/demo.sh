@@ -54,7 +54,7 @@ EDIT
 try simpletuner train env=tiny-weighted
 
 echo
-cat table.txt
+sed -e '/^written:/d' -e '/^next:/d' table.txt
 echo
 echo "In $PWD:"
 for path in "$run" figures config/tiny-weighted output/tiny-weighted; do

@@ -33,11 +33,12 @@ LATENT_CHANNELS = 16
 # to tell apart. So each block's writes to a stream (the last projections of its attention and its
 # feed-forward) are scaled: block 0 dominates, as it does in the trained SD3.5 Large, the middle does little,
 # the end rises again.
-IMAGE_GAIN = (9.0, 1.0, 1.4, 0.8, 1.2, 2.2)
-TEXT_GAIN = (5.0, 1.6, 0.7, 1.0, 1.9)
+IMAGE_GAIN = (8.0, 4.0, 2.0, 0.8, 3.0, 4.0)
+TEXT_GAIN = (3.0, 2.0, 0.5, 1.2, 2.2)
 # The default initialisation of the timestep embedder leaves the gates nearly independent of sigma. This gain
-# on its last projection makes the heatmap change along the bins too.
-TIMESTEP_GAIN = 6.0
+# on its last projection makes the heatmap change along the bins too; and as in a trained model the change is
+# smooth, because only the slow half of the sines and cosines of the timestep is read.
+TIMESTEP_GAIN = 16.0
 # A random encoder gives flat means under a posterior of unit variance, so that every photograph would be
 # cached as noise. The gain brings the scaled means near unit variance, the log variance makes the posterior
 # narrow (std 0.02).
@@ -47,7 +48,7 @@ LATENT_LOG_VARIANCE = -8.0
 SHORT_SIDE_PIXELS = 192
 
 # name -> (package, path inside it, captions from short to long). All lie inside the wheels (nothing is
-# downloaded) and are public domain, CC0, without known copyright restrictions or, china and flower, CC BY 2.0.
+# downloaded) and are public domain, CC0, without known restrictions or, china and flower, CC BY 2.0.
 PHOTOGRAPHS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "astronaut": (
         "skimage",
@@ -135,8 +136,7 @@ PHOTOGRAPHS: dict[str, tuple[str, str, tuple[str, ...]]] = {
         (
             "bricks",
             "a wall of even bricks, black and white",
-            "a flat brick wall that fills the whole frame, in black and white, with narrow joints and a "
-            "rough surface",
+            "a flat brick wall that fills the whole frame, in black and white, with narrow joints and a rough surface",
         ),
     ),
     "grass": (
@@ -345,7 +345,11 @@ def make_pipeline(folder: Path, seed: int = 0, dual_attention: Sequence[int] = (
     with torch.no_grad():
         vae.encoder.conv_out.weight[:LATENT_CHANNELS] *= LATENT_GAIN
         vae.encoder.conv_out.bias[LATENT_CHANNELS:] += LATENT_LOG_VARIANCE
-        transformer.time_text_embed.timestep_embedder.linear_2.weight *= TIMESTEP_GAIN
+        timestep_embedder = transformer.time_text_embed.timestep_embedder
+        timestep_embedder.linear_2.weight *= TIMESTEP_GAIN
+        cosines, sines = timestep_embedder.linear_1.weight.chunk(2, dim=1)  # each from fast to slow
+        for waves in (cosines, sines):
+            waves[:, : waves.shape[1] // 2] = 0
         for block, gain in zip(transformer.transformer_blocks, IMAGE_GAIN, strict=True):
             block.attn.to_out[0].weight *= gain
             block.ff.net[2].weight *= gain
@@ -456,9 +460,7 @@ def make_environment(folder: Path, name: str = "tiny-probe", **options: object) 
     return environment / "config.json"
 
 
-def make(
-    folder: Path, seed: int = 0, images: int = len(PHOTOGRAPHS), dual_attention: Sequence[int] = ()
-) -> None:
+def make(folder: Path, seed: int = 0, images: int = len(PHOTOGRAPHS), dual_attention: Sequence[int] = ()) -> None:
     """Writes the whole thing: pipeline/, photographs/ and config/tiny-probe/ in `folder`."""
     make_photographs(folder / "photographs", images, seed)
     make_pipeline(folder / "pipeline", seed, dual_attention)
@@ -492,6 +494,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--images is {chosen.images}; at least 1 is needed")
     if chosen.out.exists() and (not chosen.out.is_dir() or any(chosen.out.iterdir())):
         parser.error(f"{chosen.out} exists and is not an empty folder; choose another --out")
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
     try:
         make(chosen.out, chosen.seed, chosen.images, dual_attention)
     except FileNotFoundError as error:

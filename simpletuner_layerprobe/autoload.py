@@ -7,6 +7,11 @@ effect. `SIMPLETUNER_LAYERPROBE=0` in the environment switches it off.
 
 import sys
 
+# Every interpreter of the environment runs this module at its start: `typing` would cost more than all the rest.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
 # SimpleTuner's module -> (module of this package, function called with the imported module).
 HOOKS = {
     "simpletuner.simpletuner_sdk.server.services.field_registry.registry": ("settings", "register_options"),
@@ -21,21 +26,21 @@ class PostImportFinder:
     """A `sys.meta_path` entry that runs a function of this package after a module of SimpleTuner was executed."""
 
     @staticmethod
-    def find_spec(name, path=None, target=None):
+    def find_spec(name: str, path: "Any" = None, target: "Any" = None) -> "Any":
         hook = HOOKS.get(name)
         if hook is None:
             return None
         for finder in sys.meta_path:
             if finder is PostImportFinder:
                 continue
-            spec = finder.find_spec(name, path, target)
+            spec: Any = finder.find_spec(name, path, target)
             if spec is not None:
                 break
         else:
             return None
         execute = spec.loader.exec_module
 
-        def exec_module(module):
+        def exec_module(module: "Any") -> None:
             execute(module)
             _run(hook, module)
 
@@ -43,19 +48,19 @@ class PostImportFinder:
         return spec
 
 
-def _run(hook, module):
+def _run(hook: tuple[str, str], module: "Any") -> None:
     import importlib
 
     part, function = hook
     getattr(importlib.import_module(f"simpletuner_layerprobe.{part}"), function)(module)
 
 
-def is_installed():
+def is_installed() -> bool:
     """Whether this process hooks SimpleTuner's modules."""
     return PostImportFinder in sys.meta_path
 
 
-def install():
+def install() -> None:
     """Put the finder in front; for modules imported already, run their hooks now. Safe to call twice."""
     if is_installed():
         return
@@ -66,7 +71,7 @@ def install():
             _run(hook, module)
 
 
-def uninstall():
+def uninstall() -> None:
     """Take the finder out again. What was hooked in this process so far stays."""
     if is_installed():
         sys.meta_path.remove(PostImportFinder)

@@ -111,9 +111,7 @@ def _status(arguments: argparse.Namespace) -> int:
     blocks = all_blocks([stream.blocks for stream in manifest.streams])
     total = sum(counts.samples.values())
     ranks = ", ".join(f"rank {rank}: {count:,}" for rank, count in counts.samples.items())
-    nonfinite = ", ".join(
-        f"{stream} {reading}: {count:,}" for (stream, reading), count in counts.nonfinite.items()
-    )
+    nonfinite = ", ".join(f"{stream} {reading}: {count:,}" for (stream, reading), count in counts.nonfinite.items())
     versions = ", ".join(f"{package} {version}" for package, version in sorted(manifest.versions.items()))
     backends = ", ".join(f"{name or 'unknown'}: {count:,}" for name, count in counts.backends.items())
     facts = {
@@ -122,13 +120,9 @@ def _status(arguments: argparse.Namespace) -> int:
         "recorded": f"{manifest.created or 'unknown'} ({manifest.source})",
         "versions": versions or "unknown",
         "samples": f"{total:,} ({ranks})",
-        "streams": ", ".join(
-            f"{stream.name} {_counted(len(stream.blocks), 'block')}" for stream in manifest.streams
-        ),
+        "streams": ", ".join(f"{stream.name} {_counted(len(stream.blocks), 'block')}" for stream in manifest.streams),
         "readings": ", ".join(manifest.tokens),
-        "modules": f"{len(manifest.modules):,} in the module table"
-        if manifest.modules
-        else "no module table",
+        "modules": f"{len(manifest.modules):,} in the module table" if manifest.modules else "no module table",
         "backends": backends,
         "non-finite": nonfinite or "none",
         "size": f"{_size(run.size_bytes())} in {_counted(len(run.shards), 'shard')}",
@@ -332,9 +326,7 @@ def _import(arguments: argparse.Namespace) -> int:
         with _quiet():
             model = architecture(arguments.model)
         if not model.streams:
-            raise ProbeError(
-                f"{arguments.model} is a {model.model_class}; the layer probe does not know its blocks"
-            )
+            raise ProbeError(f"{arguments.model} is a {model.model_class}; the layer probe does not know its blocks")
         known = {
             "modules": model.modules,
             "family": model.family,
@@ -390,9 +382,7 @@ def _sample_warnings(streams: Mapping[str, Heatmap]) -> list[str]:
                 "they count as 0, as in the article: record more samples or use fewer --bins"
             )
         if heatmap.nonfinite:
-            warnings.append(
-                f"{heatmap.nonfinite:,} samples are left out of the {name} stream: distances not finite"
-            )
+            warnings.append(f"{heatmap.nonfinite:,} samples are left out of the {name} stream: distances not finite")
     return warnings
 
 
@@ -571,9 +561,7 @@ def _parser() -> argparse.ArgumentParser:
         "layerprobe lokr output/sd35-probe/layerprobe --critical 0,31,35 --out lycoris_config.json",
     )
     add_run(added)
-    added.add_argument(
-        "--preset", choices=("article",), default="article", help="the recipe; default article"
-    )
+    added.add_argument("--preset", choices=("article",), default="article", help="the recipe; default article")
     target = added.add_mutually_exclusive_group()
     target.add_argument("--out", metavar="FILE", help="write the LyCORIS config to this file")
     target.add_argument(
@@ -582,9 +570,7 @@ def _parser() -> argparse.ArgumentParser:
         help="write the SimpleTuner environment NAME: its config.json, from the probe run's own, and its "
         "lycoris_config.json",
     )
-    added.add_argument(
-        "--config-dir", default="config", metavar="DIR", help="where environments are; default config"
-    )
+    added.add_argument("--config-dir", default="config", metavar="DIR", help="where environments are; default config")
     add_bins(added)
     added.add_argument(
         "--clip-percentile",
@@ -593,12 +579,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="P",
         help="clip each heatmap at this percentile of its cells; default 90",
     )
-    weight = _number(
-        "a number from 0 to 1000000, or a fraction such as 1/3", lambda number: 0 <= number <= 1e6
-    )
-    added.add_argument(
-        "--text-weight", type=weight, default=1 / 3, metavar="W", help="of the text stream; default 1/3"
-    )
+    weight = _number("a number from 0 to 1000000, or a fraction such as 1/3", lambda number: 0 <= number <= 1e6)
+    added.add_argument("--text-weight", type=weight, default=1 / 3, metavar="W", help="of the text stream; default 1/3")
     added.add_argument(
         "--image-weight", type=weight, default=2 / 3, metavar="W", help="of the image stream; default 2/3"
     )

@@ -110,7 +110,7 @@ def _whole_number(name: str, value: Any) -> int:
         number = float(value)
     except (TypeError, ValueError):
         raise ProbeError(f"{name} is {value!r}; it must be a whole number, 0 or more") from None
-    if not (number >= 0 and number == int(number)):
+    if not (number >= 0 and number.is_integer()):
         raise ProbeError(f"{name} is {value}; it must be a whole number, 0 or more")
     return int(number)
 

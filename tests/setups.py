@@ -27,3 +27,36 @@ def skipped_block() -> None:
         return forward(self, *args, **{**kwargs, "skip_layers": [3]})
 
     SD3Transformer2DModel.forward = skipping
+
+
+def webui_job() -> None:
+    """What the WebUI does with a job: the options as a mapping, no train.py."""
+    import json
+    from pathlib import Path
+
+    from simpletuner.helpers.training.trainer import run_trainer_job
+
+    options = json.loads(Path("config/tiny-probe/config.json").read_text())
+    run_trainer_job({f"--{name}": value for name, value in options.items()})
+    sys.exit(0)
+
+
+def webui_fields() -> None:
+    """The probe's fields as SimpleTuner's server reads them for its training tab."""
+    import json
+    from pathlib import Path
+
+    from simpletuner.simpletuner_sdk.server.services.field_registry.registry import field_registry
+
+    fields = {
+        field.name: {
+            "label": field.ui_label,
+            "help": field.help_text,
+            "section": field.section,
+            "choices": [choice["value"] for choice in field.choices or []],
+        }
+        for field in field_registry.get_fields_for_tab("training")
+        if field.name.startswith("layerprobe")
+    }
+    Path("fields.json").write_text(json.dumps(fields))
+    sys.exit(0)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from simpletuner_layerprobe.run.manifest import SCHEMA_VERSION, Manifest, Module, Stream
 from simpletuner_layerprobe.run.shards import Rows, Run, ShardWriter, create_run, open_run
@@ -48,7 +49,9 @@ def manifest(
 
 
 def rows(
-    sigmas: Sequence[float], distances: dict[tuple[str, str], Any], backends: tuple[str, ...] = ()
+    sigmas: Sequence[float] | NDArray[np.float64],
+    distances: dict[tuple[str, str], Any],
+    backends: tuple[str, ...] = (),
 ) -> Rows:
     count = len(sigmas)
     return Rows(

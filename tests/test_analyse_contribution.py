@@ -24,11 +24,7 @@ def notebook(found: list[dict[str, Any]], bins: int = 10, percentile: float = 90
         table = []
         for t in range(bins):
             low, high = t / bins, (t + 1) / bins
-            inside = [
-                r[key]
-                for r in found
-                if low <= r["timestep"] < high or (t == bins - 1 and r["timestep"] == 1.0)
-            ]
+            inside = [r[key] for r in found if low <= r["timestep"] < high or (t == bins - 1 and r["timestep"] == 1.0)]
             length = len(found[0][key])
             table.append([sum(v[i] for v in inside) / len(inside) if inside else 0.0 for i in range(length)])
         return table
@@ -43,8 +39,7 @@ def notebook(found: list[dict[str, Any]], bins: int = 10, percentile: float = 90
 
     text, image = clipped(grid("encoder_hidden_states")), clipped(grid("hidden_states"))
     averages = [
-        sum(((1 / 3) * text[t][i] + (2 / 3) * image[t][i]) / 2 for t in range(bins)) / bins
-        for i in range(len(text[0]))
+        sum(((1 / 3) * text[t][i] + (2 / 3) * image[t][i]) / 2 for t in range(bins)) / bins for i in range(len(text[0]))
     ]
     spread = max(averages) - min(averages)
     return [(value - min(averages)) / spread for value in averages]
@@ -53,8 +48,7 @@ def notebook(found: list[dict[str, Any]], bins: int = 10, percentile: float = 90
 def notebook_factors(contributions: list[float], largest: int = 12) -> list[int]:
     """37 contributions -> 38 factors: the last block repeats, then the critical ones are set."""
     factors = [
-        min(max(round((1 - value) * (largest - 1) + 1), 1), largest)
-        for value in [*contributions, contributions[-1]]
+        min(max(round((1 - value) * (largest - 1) + 1), 1), largest) for value in [*contributions, contributions[-1]]
     ]
     for number in CRITICAL:
         factors[number] = 1

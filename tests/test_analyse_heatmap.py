@@ -94,9 +94,7 @@ def test_a_bin_without_samples_is_zero_and_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_sample_that_is_not_finite_is_left_out_of_its_stream_and_counted(
-    tmp_path: Path, bad: float
-) -> None:
+def test_a_sample_that_is_not_finite_is_left_out_of_its_stream_and_counted(tmp_path: Path, bad: float) -> None:
     run = small_run(tmp_path, [0.1, 0.1, 0.9], [[0.1, bad], [0.2, 0.4], [0.6, 0.8]], [[0.5], [0.7], [0.9]])
     found = heatmaps(run, bins=2)
     assert found["image"].nonfinite == 1

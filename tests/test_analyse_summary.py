@@ -25,9 +25,7 @@ def test_it_counts_ranks_bins_backends_and_samples_that_are_not_finite(tmp_path:
     ShardWriter(tmp_path, what, rank=0).write(
         rows([0.1, 0.2, 0.3], {("image", "last"): good, ("image", "mean"): good}, backends=("b",))
     )
-    ShardWriter(tmp_path, what, rank=0).write(
-        rows([0.1, 0.2, 0.3], {("image", "last"): good, ("image", "mean"): good})
-    )
+    ShardWriter(tmp_path, what, rank=0).write(rows([0.1, 0.2, 0.3], {("image", "last"): good, ("image", "mean"): good}))
     found = summary(open_run(tmp_path), bins=2)
     assert found.samples == {0: 6, 1: 3}
     assert found.count_T.tolist() == [7, 2]

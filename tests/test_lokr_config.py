@@ -295,9 +295,7 @@ def test_every_other_option_stays(tmp_path_factory, options, dashes):
     written = read_config(environment("next", given_options, LYCORIS, config_dir=folder).options)
     own = {key for key in written if key.lstrip("-") in OWN}
     assert len(own) == 4
-    kept = {
-        key: value for key, value in given_options.items() if not key.lstrip("-").startswith("layerprobe")
-    }
+    kept = {key: value for key, value in given_options.items() if not key.lstrip("-").startswith("layerprobe")}
     assert {key: written[key] for key in written if key not in own} == kept
 
 

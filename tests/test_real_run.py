@@ -117,9 +117,17 @@ def test_everything_that_trains_is_switched_off(simpletuner, tiny):
     run = run_of(folder)
     assert run.sample_count() >= 3 * 2  # three updates of two batches each
     assert set(column(run, "caption_dropped_N")) <= {0, 1}
-    assert set(np.concatenate([np.array(rows.backends)[rows.backend_N] for rows in run.rows()])) <= {"photographs", "wide"}
+    assert set(np.concatenate([np.array(rows.backends)[rows.backend_N] for rows in run.rows()])) <= {
+        "photographs",
+        "wide",
+    }
     assert {int(size) for size in column(run, "width_N")} != {0}
-    for line in ("no optimizer: optimizer (was optimi-lion)", "use_ema", "model_type (was full)", "gradient_checkpointing"):
+    for line in (
+        "no optimizer: optimizer (was optimi-lion)",
+        "use_ema",
+        "model_type (was full)",
+        "gradient_checkpointing",
+    ):
         assert line in result.log
     assert not list((folder / "output").rglob("checkpoint*"))
     assert not (folder / "output" / "tiny-probe" / "pipeline").exists()
@@ -167,7 +175,9 @@ def test_what_cannot_be_probed_is_one_line(simpletuner, tiny, options, parts):
 def test_another_trainer_refuses_the_flag(simpletuner, tiny):
     folder = tiny(max_train_steps=2)
     result = simpletuner.run(folder, "tiny-probe", setup="setups.py:another_trainer")
-    assert_one_line_error(result, "does not fit SimpleTuner", "Trainer._any_rank_reached_epoch_end is missing", "doctor")
+    assert_one_line_error(
+        result, "does not fit SimpleTuner", "Trainer._any_rank_reached_epoch_end is missing", "doctor"
+    )
     assert not (folder / RUN).exists()
 
 

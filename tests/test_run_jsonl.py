@@ -113,9 +113,7 @@ def test_import_export_import_is_bit_identical(
     # and the numbers are those that json alone finds in the file
     records = [json.loads(line) for line in content.splitlines()]
     for key, column in (("hidden_states", "image"), ("encoder_hidden_states", "text")):
-        found = [
-            list(map(float, sample)) for rows in first.rows() for sample in rows.distances[column, "last"]
-        ]
+        found = [list(map(float, sample)) for rows in first.rows() for sample in rows.distances[column, "last"]]
         assert found == [one[key] for one in records]
     assert [sigma for rows in first.rows() for sigma in rows.sigma_N] == [one["timestep"] for one in records]
 
@@ -183,9 +181,7 @@ def test_float64_is_kept_only_where_float32_would_change_a_value(tmp_path: Path)
 
 
 @pytest.mark.parametrize("pack", [bytes, gzip.compress, bz2.compress])
-def test_the_compression_is_told_by_content_not_by_name(
-    tmp_path: Path, pack: Callable[[bytes], bytes]
-) -> None:
+def test_the_compression_is_told_by_content_not_by_name(tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
     (tmp_path / "in.bz2").write_bytes(pack(GOOD * 3))
     assert import_jsonl(tmp_path / "in.bz2", tmp_path / "run").sample_count() == 3
 
@@ -250,9 +246,7 @@ BAD_LINES: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("how", BAD_LINES)
-def test_a_bad_line_is_named_and_nothing_stays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
-) -> None:
+def test_a_bad_line_is_named_and_nothing_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     monkeypatch.setattr(jsonl, "ROWS_PER_SHARD", 2)  # two shards are written before the bad line comes
     line, text = BAD_LINES[how]
     (tmp_path / "in").write_bytes(GOOD * 4 + line)

@@ -347,9 +347,7 @@ def test_a_name_that_is_taken_while_the_file_is_written_stays(tmp_path: Path) ->
     assert os.listdir(tmp_path) == ["file"]
 
 
-def test_without_hard_links_nothing_is_replaced_either(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_hard_links_nothing_is_replaced_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*paths: Any) -> None:
         raise PermissionError(1, "Operation not permitted")  # what exFAT answers
 

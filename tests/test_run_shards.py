@@ -57,9 +57,7 @@ def some_rows(count: int, seed: int = 0, **changes: Any) -> Rows:
         "caption_dropped_N": random.integers(-1, 2, count).astype(np.int8),
         "backend_N": random.integers(-1, 2, count).astype(np.int16),
         "backends": ("photos", "zeichnungen ü"),
-        "distances": {
-            key: random.random((count, length)).astype(np.float32) for key, length in LENGTHS.items()
-        },
+        "distances": {key: random.random((count, length)).astype(np.float32) for key, length in LENGTHS.items()},
     }
     return Rows(**{**values, **changes})
 
@@ -108,9 +106,7 @@ def rows_of_any_values(draw: st.DrawFn) -> Rows:
 
 @given(st.lists(rows_of_any_values(), max_size=3))
 @settings(deadline=None, max_examples=30)
-def test_what_is_written_is_read_back_bit_by_bit(
-    tmp_path_factory: pytest.TempPathFactory, blocks: list[Rows]
-) -> None:
+def test_what_is_written_is_read_back_bit_by_bit(tmp_path_factory: pytest.TempPathFactory, blocks: list[Rows]) -> None:
     folder = tmp_path_factory.mktemp("run")
     create_run(folder, MANIFEST)
     writer = ShardWriter(folder, MANIFEST, 3)

@@ -39,7 +39,11 @@ def make(folder: Path, double_blocks: int = 3, single_blocks: int = 4) -> None:
         transformer=transformer,
     ).save_pretrained(folder / "pipeline-flux")
     tiny_sd3.make_environment(
-        folder, model_family="flux", model_flavour="dev", pretrained_model_name_or_path="pipeline-flux", seed=42
+        folder,
+        model_family="flux",
+        model_flavour="dev",
+        pretrained_model_name_or_path="pipeline-flux",
+        seed=42,
     )
 
 

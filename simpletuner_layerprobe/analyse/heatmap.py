@@ -66,9 +66,7 @@ def heatmaps(run: Run, *, tokens: str = "last", bins: int = 10) -> dict[str, Hea
     """
     manifest = run.manifest
     if tokens not in manifest.tokens:
-        raise ProbeError(
-            f"{run.path} has no reading {tokens!r}; it has: {', '.join(manifest.tokens)} (see --tokens)"
-        )
+        raise ProbeError(f"{run.path} has no reading {tokens!r}; it has: {', '.join(manifest.tokens)} (see --tokens)")
     run.require_samples()
     streams = sorted(manifest.streams, key=lambda stream: stream.name != "image")
     sum_TL = {s.name: np.zeros((bins, len(s.blocks))) for s in streams}

@@ -79,9 +79,7 @@ def layer_kind(module: Module) -> str:
     return "weight" if module.shape else ""
 
 
-def article_config(
-    blocks: Sequence[str], factors: Sequence[int], targets: Sequence[Target]
-) -> dict[str, Any]:
+def article_config(blocks: Sequence[str], factors: Sequence[int], targets: Sequence[Target]) -> dict[str, Any]:
     """The LyCORIS config of the article: per block its factor f for some modules and 2f for the rest.
 
     blocks: block paths in the denoiser. factors: one factor per block, 1 or more. targets: the family's
@@ -274,8 +272,7 @@ def _sibling_output_dir(options: Mapping[str, Any], name: str) -> str:
     output_dir = parent / name
     if probed and PurePosixPath(str(probed)) == output_dir:
         raise ProbeError(
-            f"the environment {name!r} would train into {probed}, the probe run's own output_dir; "
-            "choose another name"
+            f"the environment {name!r} would train into {probed}, the probe run's own output_dir; choose another name"
         )
     return str(output_dir)
 

@@ -36,9 +36,7 @@ def article_factors(
         raise ProbeError(f"the largest factor is {max_factor!r}; it must be a whole number, 1 or more")
     contribution_L = np.asarray(value_L, dtype=np.float64)
     if contribution_L.ndim != 1 or contribution_L.size == 0:
-        raise ProbeError(
-            f"contributions have the shape {contribution_L.shape}; expected one number per block"
-        )
+        raise ProbeError(f"contributions have the shape {contribution_L.shape}; expected one number per block")
     outside_L = ~((contribution_L >= 0) & (contribution_L <= 1))
     if outside_L.any():
         block = int(np.flatnonzero(outside_L)[0])
@@ -47,13 +45,9 @@ def article_factors(
     factor_L = np.clip(np.round(inverted_L * (max_factor - 1) + 1), 1, max_factor).astype(np.int64)
     for block in critical:
         if isinstance(block, bool) or not isinstance(block, int | np.integer):
-            raise ProbeError(
-                f"critical block {block!r} is not a whole number; give block numbers such as 0,31,35"
-            )
+            raise ProbeError(f"critical block {block!r} is not a whole number; give block numbers such as 0,31,35")
         if not 0 <= block < factor_L.size:
-            raise ProbeError(
-                f"critical block {block} does not exist; the blocks are 0 to {factor_L.size - 1}"
-            )
+            raise ProbeError(f"critical block {block} does not exist; the blocks are 0 to {factor_L.size - 1}")
         factor_L[block] = 1
     return factor_L
 
@@ -109,9 +103,7 @@ def factorisation(shape: tuple[int, ...], factor: int) -> Factorisation:
     """
     out_dimension, in_dimension, *kernel = shape
     out_part, in_part = achieved_factor(out_dimension, factor), achieved_factor(in_dimension, factor)
-    return Factorisation(
-        (out_part, out_dimension // out_part), (in_part, in_dimension // in_part), tuple(kernel)
-    )
+    return Factorisation((out_part, out_dimension // out_part), (in_part, in_dimension // in_part), tuple(kernel))
 
 
 def lokr_parameters(shape: tuple[int, ...], factor: int) -> int:

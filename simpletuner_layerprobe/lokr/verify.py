@@ -8,6 +8,7 @@ LyCORIS. torch and LyCORIS are imported inside the calls.
 from __future__ import annotations
 
 import copy
+import gc
 import importlib.metadata
 import importlib.util
 import io
@@ -18,7 +19,11 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
+from functools import cache
+from importlib.abc import InspectLoader
+from importlib.machinery import ModuleSpec
 from math import prod
+from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 from simpletuner_layerprobe import ProbeError
@@ -288,7 +293,7 @@ def _adapters(config: Mapping[str, Any], model: nn.Module) -> list[tuple[nn.Modu
     for key in _KEPT:
         rest.pop(key, None)
     try:
-        with torch.device("meta"), _weightless(), _silent():
+        with torch.device("meta"), _weightless(), _silent(), _little_garbage():
             if preset:
                 wrapper.LycorisNetwork.apply_preset(preset)
             network = wrapper.create_lycoris(model, *by_position, **rest)
@@ -317,12 +322,19 @@ def _lycoris_version() -> str:
 
 def _fresh_wrapper() -> Any:
     """LyCORIS's `wrapper` module, executed anew and known to nobody else."""
-    spec = importlib.util.find_spec("lycoris.wrapper")
-    if spec is None or spec.loader is None:
-        raise ProbeError("LyCORIS is not installed as expected; install lycoris-lora")
+    spec, code = _wrapper_code()
     wrapper = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(wrapper)
+    exec(code, vars(wrapper))
     return wrapper
+
+
+@cache
+def _wrapper_code() -> tuple[ModuleSpec, CodeType]:
+    spec = importlib.util.find_spec("lycoris.wrapper")
+    code = spec.loader.get_code(spec.name) if spec and isinstance(spec.loader, InspectLoader) else None
+    if spec is None or code is None:
+        raise ProbeError("LyCORIS's module lycoris.wrapper is not there; install lycoris-lora 4.1")
+    return spec, code
 
 
 @contextmanager
@@ -357,6 +369,16 @@ def _silent() -> Iterator[None]:
         logger.disabled = was_disabled
 
 
+@contextmanager
+def _little_garbage() -> Iterator[None]:
+    """Set aside all objects there are: LyCORIS's T-LoRA collects garbage once per module, 0.4 s each time."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 # The skeleton
 
 
@@ -368,8 +390,7 @@ def _skeleton_module(module: Module) -> nn.Module:
     kind = layer_kind(module)
     if kind and any(not 1 <= dimension <= MAX_DIMENSION for dimension in module.shape):
         raise ProbeError(
-            f"module {module.name!r} has the shape {module.shape}; "
-            f"expected dimensions from 1 to {MAX_DIMENSION}"
+            f"module {module.name!r} has the shape {module.shape}; expected dimensions from 1 to {MAX_DIMENSION}"
         )
     if kind == "linear":
         out_dimension, in_dimension = module.shape
@@ -428,11 +449,7 @@ def _reading(
             continue
         settings = meant.find_conf_for_name(module.name)
         if settings is None:
-            around = [
-                classes.get(path, "")
-                for path in _self_and_parents(module.name)
-                if not meant.is_excluded(path)
-            ]
+            around = [classes.get(path, "") for path in _self_and_parents(module.name) if not meant.is_excluded(path)]
             inner = next((name for name in around if name in meant.MODULE_ALGO_MAP), None)
             if inner is not None:
                 settings = meant.MODULE_ALGO_MAP[inner]
@@ -543,7 +560,11 @@ def _check_form(config: Mapping[str, Any], where: str = "the config") -> None:
     for key in _BY_POSITION:
         if key in config and not _is_number(config[key]):
             raise ProbeError(f"{key} in {where} is {config[key]!r}; expected a number")
-    _check_settings(config, where, wrapper)
+    if not isinstance(config.get("preset", "full"), str):
+        raise ProbeError(f"preset in {where} is {config['preset']!r}; expected the name of a preset")
+    algo = config["algo"]
+    # The global algorithm may be in capitals; those of single names and classes may not.
+    _check_settings({**config, "algo": algo.lower() if isinstance(algo, str) else algo}, where, wrapper)
     preset = config.get("apply_preset")
     if preset is None:
         return
@@ -565,9 +586,7 @@ def _check_form(config: Mapping[str, Any], where: str = "the config") -> None:
             raise ProbeError(f"{key} in {where} is a {type(overrides).__name__}; expected an object")
         for name, settings in overrides.items():
             if not isinstance(settings, dict):
-                raise ProbeError(
-                    f"{key}[{name!r}] in {where} is {settings!r}; expected an object of settings"
-                )
+                raise ProbeError(f"{key}[{name!r}] in {where} is {settings!r}; expected an object of settings")
             _check_settings(settings, f"{key}[{name!r}] in {where}", wrapper)
     if not preset.get("use_fnmatch"):
         for key in ("name_algo_map", "target_name", "exclude_name"):
@@ -592,8 +611,7 @@ def _check_regular_expression(pattern: str, where: str) -> None:
         re.compile(pattern)
     except re.error as error:
         raise ProbeError(
-            f"{pattern!r} in {where} is not a regular expression ({error}); "
-            "set use_fnmatch for patterns with *"
+            f"{pattern!r} in {where} is not a regular expression ({error}); set use_fnmatch for patterns with *"
         ) from None
 
 

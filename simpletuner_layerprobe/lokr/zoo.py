@@ -104,9 +104,7 @@ def architecture(name_or_path: str | os.PathLike[str]) -> Architecture:
     except OSError as error:
         raise ProbeError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise ProbeError(
-            f"{path} is not JSON ({error}); expected a diffusers transformer config.json"
-        ) from None
+        raise ProbeError(f"{path} is not JSON ({error}); expected a diffusers transformer config.json") from None
     model_class = config.get("_class_name") if isinstance(config, dict) else None
     if not isinstance(model_class, str):
         raise ProbeError(f"{path} has no _class_name; expected a diffusers transformer config.json")
@@ -147,8 +145,7 @@ def _architecture(model_class: str, config: dict[str, Any], flavour: str, where:
     is_model = inspect.isclass(known) and issubclass(known, diffusers.ModelMixin)
     if not is_model:
         raise ProbeError(
-            f"{where} is of the class {model_class!r}; expected a model that diffusers "
-            f"{diffusers.__version__} has"
+            f"{where} is of the class {model_class!r}; expected a model that diffusers {diffusers.__version__} has"
         )
     try:
         with torch.device("meta"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
 import torch
@@ -26,12 +27,13 @@ def install_pin_memory_fallback() -> None:
     def pin_memory(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return self
 
-    torch.Tensor.pin_memory = pin_memory  # type: ignore[assignment, method-assign]
-    logger.info("layerprobe: no accelerator found; tensors stay unpinned so that SimpleTuner runs on the CPU")
+    torch.Tensor.pin_memory = pin_memory
+    if os.environ.get("RANK", "0") == "0":
+        logger.info("layerprobe: no accelerator found; tensors stay unpinned so that SimpleTuner runs on the CPU")
 
 
 def uninstall_pin_memory_fallback() -> None:
     global _original
     if _original is not None:
-        torch.Tensor.pin_memory = _original  # type: ignore[method-assign]
+        torch.Tensor.pin_memory = _original
         _original = None

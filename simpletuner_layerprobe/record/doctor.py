@@ -42,7 +42,10 @@ def checks() -> list[Check]:
 def _autoload() -> Check:
     if os.environ.get("SIMPLETUNER_LAYERPROBE") == "0":
         return Check(
-            "plugin", False, "switched off by SIMPLETUNER_LAYERPROBE=0", "unset SIMPLETUNER_LAYERPROBE and try again"
+            "plugin",
+            False,
+            "switched off by SIMPLETUNER_LAYERPROBE=0",
+            "unset SIMPLETUNER_LAYERPROBE and try again",
         )
     if not _loaded_at_start():
         return Check(

@@ -8,6 +8,7 @@ process names in the environment; without such a file everything stays SimpleTun
 
 from __future__ import annotations
 
+import atexit
 import functools
 import os
 import shutil
@@ -20,7 +21,11 @@ from pathlib import Path
 from typing import Any
 
 FOLDER_VARIABLE = "SIMPLETUNER_LAYERPROBE_PROCESSES"
+LAST_LINE = "last-line"
+ENDED = "ended"
 STOP_SECONDS = 600.0
+
+_pending: list[str] = []
 
 
 def announce() -> None:
@@ -30,6 +35,20 @@ def announce() -> None:
         Path(folder, str(os.getpid())).touch()
 
 
+def last_line(text: str) -> None:
+    """Print the run's last line, where `simpletuner train` waits for this process: after all of its output."""
+    folder = os.environ.get(FOLDER_VARIABLE)
+    if folder and os.path.isdir(folder):
+        Path(folder, LAST_LINE).write_text(text, encoding="utf-8")
+    else:
+        print(text, flush=True)
+
+
+def _print_pending() -> None:
+    for text in _pending:
+        print(text, flush=True)
+
+
 def announced(folder: str) -> list[int]:
     """The processes that announced themselves."""
     return [int(name) for name in os.listdir(folder) if name.isdecimal()]
@@ -37,6 +56,8 @@ def announced(folder: str) -> list[int]:
 
 def install_cli(module: Any) -> None:
     """Wrap `run_training` and the end of its processes in `simpletuner.cli.train`."""
+    # Registered before torch's own: it runs after that has logged its say.
+    atexit.register(_print_pending)
     module.run_training = _clean_stop(module.run_training)
     module._terminate_process_group = _ask_before_ending(module._terminate_process_group)
 
@@ -56,8 +77,11 @@ def _clean_stop(original: Callable[..., int]) -> Callable[..., int]:
         previous = signal.signal(signal.SIGTERM, on_terminate)
         try:
             code = original(*args, **kwargs)
-            return 0 if code == 130 and Path(folder, "ended").exists() else code
+            return 0 if code == 130 and Path(folder, ENDED).exists() else code
         finally:
+            last = Path(folder, LAST_LINE)
+            if last.exists():
+                _pending.append(last.read_text(encoding="utf-8"))
             signal.signal(signal.SIGTERM, previous)
             os.environ.pop(FOLDER_VARIABLE, None)
             shutil.rmtree(folder, ignore_errors=True)
@@ -78,7 +102,7 @@ def _ask_before_ending(original: Callable[..., None]) -> Callable[..., None]:
         if pids:
             try:
                 if process.wait(timeout=STOP_SECONDS) == 0:
-                    Path(folder, "ended").touch()
+                    Path(folder, ENDED).touch()
                 return
             except subprocess.TimeoutExpired:
                 print("layerprobe: the training process did not stop; ending it", file=sys.stderr, flush=True)

@@ -44,7 +44,7 @@ def find_blocks(denoiser: nn.Module, family: Family) -> list[Block]:
                 f"{type(denoiser).__name__} has no {entry.path!r}; the layer probe expects it in family {family.name!r}"
             ) from None
         # By index: SimpleTuner's DiffusionBlocks changes what iteration over such a list yields.
-        blocks += [_block(entry, index, modules[index]) for index in range(len(modules))]  # type: ignore[arg-type, index]
+        blocks += [_block(entry, index, modules[index]) for index in range(len(modules))]
     if not blocks:
         raise ProbeError(f"{type(denoiser).__name__} has no transformer blocks; there is nothing to probe")
     return blocks

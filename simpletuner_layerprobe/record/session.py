@@ -20,6 +20,7 @@ from torch import nn
 from simpletuner_layerprobe import ProbeError
 from simpletuner_layerprobe.families import Family
 from simpletuner_layerprobe.record.fingerprint import fingerprint
+from simpletuner_layerprobe.record.launch import last_line
 from simpletuner_layerprobe.record.observer import READINGS, Observer
 from simpletuner_layerprobe.record.rows import Facts, RowBuffer
 from simpletuner_layerprobe.record.sigmas import stratified_sigmas, uniform_sigmas
@@ -65,7 +66,6 @@ class Session:
         self._distances: dict[tuple[str, str], torch.Tensor] | None = None
         self._started = time.monotonic()
         self._flushed = self._started
-        self._seconds = 0.0
         self._summary = ""
 
     def _count_recorded(self) -> int:
@@ -119,7 +119,11 @@ class Session:
 
     @contextmanager
     def recording(
-        self, denoiser: nn.Module, flavour: str, run_settings: Mapping[str, object], versions: Mapping[str, str]
+        self,
+        denoiser: nn.Module,
+        flavour: str,
+        run_settings: Mapping[str, object],
+        versions: Mapping[str, str],
     ) -> Iterator[None]:
         """Hook the denoiser, open the run folder, keep the rows safe until the end, whatever ends it.
 
@@ -156,7 +160,6 @@ class Session:
                 raise
             finally:
                 self.observer = None
-                self._seconds = time.monotonic() - self._started
                 self.flush()
 
     def _keep_options(self) -> None:
@@ -193,9 +196,7 @@ class Session:
         sizes = {len(value) for value in self._distances.values()}
         if sizes != {count}:
             raise ProbeError(f"the model's forward gave {sorted(sizes)} rows for a batch of {count} samples")
-        tokens_B = (
-            torch.full((count,), text_tokens, device=sigma_B.device) if mask_BS is None else mask_BS.sum(dim=1)
-        )
+        tokens_B = torch.full((count,), text_tokens, device=sigma_B.device) if mask_BS is None else mask_BS.sum(dim=1)
         keep = int(min(count, self.quota - self._kept))
         self._buffer.append(self._distances, sigma_B, tokens_B, loss, facts, keep)
         self._kept += keep
@@ -265,9 +266,9 @@ class Session:
         directory = self.settings.directory
         total = open_run(directory).sample_count()
         new = total - self.recorded
-        speed = f" in {self._seconds:.1f} s ({new / self._seconds:.2f} samples/s)" if self._seconds else ""
+        seconds = time.monotonic() - self._started
         self._summary = (
-            f"layerprobe: {new} samples{speed}, {total} in the run {directory}; next: layerprobe heatmap {directory}"
+            f"layerprobe: {new} samples in {seconds:.1f} s ({new / seconds:.2f} samples/s), {total} in the run {directory}; next: layerprobe heatmap {directory}"
             f" --out {os.path.join(directory, 'figures')}"
         )
 
@@ -283,6 +284,6 @@ class Session:
         if self._failed:
             self._summary = f"layerprobe: ended by an error; what was recorded is kept in {self.settings.directory}"
         if self._summary and self.rank == 0:
-            print(self._summary, flush=True)
+            last_line(self._summary)
         self._summary = ""
         self._failed = False

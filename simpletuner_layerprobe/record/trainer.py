@@ -113,7 +113,7 @@ REFUSED: dict[str, Callable[[Any], bool]] = {
 
 def install(module: Any) -> None:
     """Wrap the Trainer of `simpletuner.helpers.training.trainer`. If a seam is missing, only refuse the flag."""
-    sys.excepthook = _one_line_errors(sys.excepthook)
+    sys.excepthook = one_line_errors(sys.excepthook)
     cpu.install_pin_memory_fallback()
     trainer_class = module.Trainer
     missing = missing_seams(trainer_class)
@@ -131,8 +131,9 @@ def uninstall(module: Any) -> None:
         method = getattr(trainer_class, name, None)
         if getattr(method, "layerprobe", False):
             setattr(trainer_class, name, method.__wrapped__)
-    if getattr(sys.excepthook, "layerprobe", False):
-        sys.excepthook = sys.excepthook.__wrapped__  # type: ignore[attr-defined]
+    excepthook: Any = sys.excepthook
+    if getattr(excepthook, "layerprobe", False):
+        sys.excepthook = excepthook.__wrapped__
     cpu.uninstall_pin_memory_fallback()
 
 
@@ -150,7 +151,9 @@ def _refusing(original: Callable[..., None], missing: list[str]) -> Callable[...
     return __init__
 
 
-def _one_line_errors(original: Callable[..., Any]) -> Callable[..., Any]:
+def one_line_errors(original: Any) -> Any:
+    """An excepthook that prints a ProbeError as one line and leaves all others to `original`."""
+
     @functools.wraps(original)
     def excepthook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
         if isinstance(error, ProbeError):
@@ -270,6 +273,17 @@ def init_ema_model(original: Any, session: Session, self: Any) -> None:
 
 
 @_wrapper
+def init_prepare_models(original: Any, session: Session, self: Any, *args: Any, **kwargs: Any) -> None:
+    """Every rank keeps a plain model: DistributedDataParallel refuses one without trainable parameters."""
+    accelerator = self.accelerator
+    accelerator.prepare_model = functools.partial(accelerator.prepare_model, evaluation_mode=True)
+    try:
+        original(self, *args, **kwargs)
+    finally:
+        del accelerator.prepare_model
+
+
+@_wrapper
 def init_optimizer(original: Any, session: Session, self: Any) -> None:
     """An optimizer over one parameter of its own: the loop, its scheduler and accelerate go on as always."""
     self.model.get_trained_component(unwrap_model=False).requires_grad_(False)
@@ -362,14 +376,13 @@ def train(original: Any, session: Session, self: Any) -> None:
             versions={**versions, "simpletuner-layerprobe": __version__},
         ),
         _no_backward(self, session),
+        _count_at_the_end(self, session),
         _probe_sigmas(self, session),
         _eager(config),
     ):
         if session.rank == 0:
             print(session.start_text(str(self.accelerator.device)), flush=True)
         original(self)
-    self.accelerator.wait_for_everyone()
-    session.finish()
 
 
 @contextmanager
@@ -385,6 +398,25 @@ def _no_backward(self: Any, session: Session) -> Iterator[None]:
         yield
     finally:
         del accelerator.backward
+
+
+@contextmanager
+def _count_at_the_end(self: Any, session: Session) -> Iterator[None]:
+    """Count the run's samples when the loop is over and before the ranks part: every rank has written then."""
+    accelerator = self.accelerator
+    end_training = accelerator.end_training
+
+    def count_and_end() -> None:
+        session.flush()
+        accelerator.wait_for_everyone()
+        session.finish()
+        end_training()
+
+    accelerator.end_training = count_and_end
+    try:
+        yield
+    finally:
+        del accelerator.end_training
 
 
 @contextmanager
@@ -429,7 +461,7 @@ def noise_levels(prepared_batch: dict) -> torch.Tensor:
 
 def text_mask(prepared_batch: dict) -> torch.Tensor | None:
     """True for the valid text tokens, (B, S); None if the batch has no mask."""
-    mask = prepared_batch.get("encoder_attention_mask")
+    mask: Any = prepared_batch.get("encoder_attention_mask")
     if not torch.is_tensor(mask):
         return None
     return mask.reshape(mask.shape[0], -1) > 0.5
@@ -437,7 +469,7 @@ def text_mask(prepared_batch: dict) -> torch.Tensor | None:
 
 def text_length(prepared_batch: dict) -> int:
     """Number of text tokens of the batch, padding included; -1 if it has no text."""
-    text = prepared_batch.get("encoder_hidden_states")
+    text: Any = prepared_batch.get("encoder_hidden_states")
     return int(text.shape[1]) if torch.is_tensor(text) else -1
 
 

@@ -29,7 +29,7 @@ _COLOUR_MAP = "viridis"  # monotone in lightness, and read alike with every comm
 _HEAD_INCHES = 0.62
 _INK = "#222222"
 _MUTED = "#6b6b6b"
-_EMPTY_FACE, _EMPTY_HATCH = "#f2f2f2", "#a8a8a8"
+_EMPTY_FACE, _EMPTY_STROKE = "#f2f2f2", "#a8a8a8"
 _FACTOR_BAR, _REPEATED_BAR, _CRITICAL_BAR = "#0072b2", "#9ecae1", "#d55e00"  # after Okabe and Ito
 _READINGS = {"last": "last token", "mean": "mean over tokens"}
 
@@ -64,7 +64,7 @@ def streams_figure(streams: Mapping[str, Heatmap], *, model: str = "", file_form
     """Figure 1: one column of panels per stream; rows linear, log1p, clipped at the 95th percentile.
 
     Columns of the heatmaps are blocks by number, rows are sigma bins from 0 (clean) at the bottom to 1
-    (noise) at the top. A bin without samples is hatched; the percentile is taken over the other cells. A
+    (noise) at the top. Cells without samples are grey with a stroke; the percentile is over the others. A
     block that a stream lacks is blank and says so: a number means the same block in every panel.
     """
     return _heatmap_figure(
@@ -101,8 +101,8 @@ def factor_figure(
 ) -> bytes:
     """Figure 3: the LoKr factor of each block. `critical` and `repeated` are block numbers.
 
-    Critical blocks have their own colour and a hatch; blocks that repeat their neighbour's factor, because
-    a stream lacks them, are pale.
+    Critical blocks have their own colour and a bold number; blocks that repeat their neighbour's factor,
+    because a stream lacks them, are pale.
     """
     from matplotlib.patches import Patch
     from matplotlib.ticker import MaxNLocator
@@ -112,15 +112,8 @@ def factor_figure(
     with _style():
         figure = _new_figure(width, 4.4)
         axes = figure.add_subplot()
-        colour = [
-            _CRITICAL_BAR if i in critical else _REPEATED_BAR if i in repeated else _FACTOR_BAR
-            for i in range(L)
-        ]
-        bars = axes.bar(range(L), factors, width=0.82, color=colour, zorder=2)
-        for i in critical:
-            bars[i].set_hatch("////")
-            bars[i].set_edgecolor("white")
-            bars[i].set_linewidth(0.0)
+        colour = [_CRITICAL_BAR if i in critical else _REPEATED_BAR if i in repeated else _FACTOR_BAR for i in range(L)]
+        axes.bar(range(L), factors, width=0.82, color=colour, zorder=2)
         for i, factor in enumerate(factors):
             axes.annotate(
                 str(factor),
@@ -130,7 +123,8 @@ def factor_figure(
                 ha="center",
                 va="bottom",
                 fontsize=7.5,
-                color=_INK,
+                weight="bold" if i in critical else "normal",
+                color=_CRITICAL_BAR if i in critical else _INK,
             )
         _list_boundaries(axes, blocks)
         _block_labels(axes, blocks, width - 1.0)
@@ -144,17 +138,11 @@ def factor_figure(
             axes.spines[side].set_visible(False)
         entries = [Patch(facecolor=_FACTOR_BAR, label="from the contribution")]
         if len(critical):
-            entries.append(
-                Patch(
-                    facecolor=_CRITICAL_BAR, hatch="////", edgecolor="white", linewidth=0, label="critical: 1"
-                )
-            )
+            entries.append(Patch(facecolor=_CRITICAL_BAR, label="critical: 1"))
         if len(repeated):
             entries.append(Patch(facecolor=_REPEATED_BAR, label="repeats the nearest block"))
         if len(entries) > 1:
-            figure.legend(
-                handles=entries, loc="outside lower center", ncols=len(entries), frameon=False, fontsize=8.5
-            )
+            figure.legend(handles=entries, loc="outside lower center", ncols=len(entries), frameon=False, fontsize=8.5)
         _head(
             figure,
             "Figure 3.  Weighted LoKr factor of each block",
@@ -217,7 +205,7 @@ def _heatmap_figure(
             f"{samples:,} samples" if samples != 1 else "1 sample",
             _READINGS.get(heatmaps[0].tokens, heatmaps[0].tokens),
             f"{left_out:,} left out (not finite)" if left_out else "",
-            "hatched: no samples" if empty else "",
+            "grey with a stroke: no samples" if empty else "",
         )
         _head(figure, title, facts)
         return _rendered(figure, file_format)
@@ -225,6 +213,7 @@ def _heatmap_figure(
 
 def _panel(axes: Axes, heatmap: Heatmap, blocks: Sequence[str], view: _View, *, edge: float) -> None:
     """One heatmap in one view, with its colour bar. `edge`: line width around each cell, in points."""
+    from matplotlib.collections import LineCollection
     from matplotlib.patches import Rectangle
 
     T, L = heatmap.bins, len(blocks)
@@ -251,17 +240,11 @@ def _panel(axes: Axes, heatmap: Heatmap, blocks: Sequence[str], view: _View, *, 
     has_block_L = np.isin(np.arange(L), own_L)
     for first, last in _spans(~filled_T):
         for left, right in _spans(has_block_L):
-            axes.add_patch(
-                Rectangle(
-                    (left - 0.5, edges[first]),
-                    right - left + 1,
-                    edges[last + 1] - edges[first],
-                    facecolor=_EMPTY_FACE,
-                    edgecolor=_EMPTY_HATCH,
-                    hatch="////",
-                    linewidth=0.0,
-                )
-            )
+            corner, size = (left - 0.5, edges[first]), (right - left + 1, edges[last + 1] - edges[first])
+            axes.add_patch(Rectangle(corner, *size, facecolor=_EMPTY_FACE, linewidth=0.0))
+    # Lines of our own, not matplotlib's hatches: some viewers of SVG paint those black.
+    strokes = [[(i - 0.5, edges[t]), (i + 0.5, edges[t + 1])] for t in np.flatnonzero(~filled_T) for i in own_L]
+    axes.add_collection(LineCollection(strokes, colors=_EMPTY_STROKE, linewidths=0.7), autolim=False)
     for left, right in _spans(~has_block_L):
         axes.text(
             (left + right) / 2,
@@ -278,11 +261,9 @@ def _panel(axes: Axes, heatmap: Heatmap, blocks: Sequence[str], view: _View, *, 
     axes.set_ylim(0.0, 1.0)
     axes.set_yticks(edges if T <= 10 else np.linspace(0.0, 1.0, 6))
     axes.yaxis.set_major_formatter("{x:.3g}")
-    bar = axes.figure.colorbar(
-        mesh, ax=axes, extend="max" if view.clipped else "neither", pad=0.015, aspect=16
-    )
+    bar = axes.figure.colorbar(mesh, ax=axes, extend="max" if view.clipped else "neither", pad=0.015, aspect=16)
     bar.set_label(view.unit, fontsize=8)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=7.5, length=2)
 
 
@@ -340,9 +321,7 @@ def _style() -> Any:
     import matplotlib
 
     kept = {"backend", "backend_fallback", "interactive", "toolbar", "timezone", "webagg.address"}
-    defaults: dict[Any, Any] = {
-        key: value for key, value in matplotlib.rcParamsDefault.items() if key not in kept
-    }
+    defaults: dict[Any, Any] = {key: value for key, value in matplotlib.rcParamsDefault.items() if key not in kept}
     house: dict[Any, Any] = {
         "font.size": 9,
         "axes.titlesize": 9.5,
@@ -360,7 +339,6 @@ def _style() -> Any:
         "xtick.minor.width": 0.5,
         "xtick.major.size": 3,
         "ytick.major.size": 3,
-        "hatch.linewidth": 0.7,
         "svg.hashsalt": "layerprobe",
         "text.parse_math": False,  # a dollar sign in a model's name is a dollar sign
     }

@@ -144,9 +144,7 @@ def export_jsonl(run: Run, file: RunPath, tokens: str = "last") -> tuple[int, in
                     out.write(json.dumps(record).encode() + b"\n")
                     written += 1
         if not written:
-            raise ProbeError(
-                f"{run.path}: none of its {skipped} samples has finite distances; nothing to export"
-            )
+            raise ProbeError(f"{run.path}: none of its {skipped} samples has finite distances; nothing to export")
 
     try:
         write_new_file(path, write)
@@ -187,9 +185,7 @@ def _blocks_of_records(
         for name, key in RECORD_KEYS.items():
             length = len(record[key])
             if lengths.setdefault(name, length) != length:
-                raise ProbeError(
-                    f"{where}: {key} has {length} numbers; the records before have {lengths[name]}"
-                )
+                raise ProbeError(f"{where}: {key} has {length} numbers; the records before have {lengths[name]}")
             values[name].extend(record[key])
         sigmas.append(record["timestep"])
         if len(sigmas) == ROWS_PER_SHARD:
@@ -216,15 +212,11 @@ def _lines(file: BufferedIOBase, source: Path) -> Iterator[tuple[int, bytes]]:
         try:
             line = file.readline(MAX_LINE_BYTES + 1)
         except (OSError, EOFError, zlib.error) as error:
-            raise ProbeError(
-                f"{source}, line {number}: cannot be read, the file is damaged ({error})"
-            ) from None
+            raise ProbeError(f"{source}, line {number}: cannot be read, the file is damaged ({error})") from None
         if not line:
             return
         if len(line) > MAX_LINE_BYTES:
-            raise ProbeError(
-                f"{source}, line {number}: over {MAX_LINE_BYTES} bytes long; expected one record"
-            )
+            raise ProbeError(f"{source}, line {number}: over {MAX_LINE_BYTES} bytes long; expected one record")
         if not line.isspace():
             yield number, line
 

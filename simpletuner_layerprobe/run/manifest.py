@@ -200,14 +200,11 @@ def write_manifest(run_dir: RunPath, manifest: Manifest) -> None:
     path = Path(run_dir) / MANIFEST_NAME
     # One top-level field per line: short enough to read, and compact where it is long (the module table).
     fields = (
-        f"{json.dumps(key)}: {json.dumps(value, separators=(',', ':'))}"
-        for key, value in manifest.to_json().items()
+        f"{json.dumps(key)}: {json.dumps(value, separators=(',', ':'))}" for key, value in manifest.to_json().items()
     )
     data = ("{\n" + ",\n".join(fields) + "\n}\n").encode()
     if len(data) > MAX_MANIFEST_BYTES:
-        raise ProbeError(
-            f"the manifest for {path} takes {len(data)} bytes; at most {MAX_MANIFEST_BYTES} are read back"
-        )
+        raise ProbeError(f"the manifest for {path} takes {len(data)} bytes; at most {MAX_MANIFEST_BYTES} are read back")
     write_new_file(path, lambda file: file.write(data))
 
 
@@ -242,9 +239,7 @@ def plain_file_size(path: Path) -> int:
     A run folder is self-contained: what lies in it as a link could point anywhere.
     """
     if os.path.islink(path) or not os.path.isfile(path):
-        raise ProbeError(
-            f"{path} is not a plain file; a run folder holds no links: put the file itself there"
-        )
+        raise ProbeError(f"{path} is not a plain file; a run folder holds no links: put the file itself there")
     return path.stat().st_size
 
 
@@ -388,9 +383,7 @@ def _check_modules(modules: object) -> None:
         _check_text(module.type, "module type")
         shape = module.shape
         if not isinstance(shape, tuple) or len(shape) > MAX_DIMENSIONS:
-            raise _bad(
-                f"shape of module {module.name!r}", _show(shape), f"at most {MAX_DIMENSIONS} dimensions"
-            )
+            raise _bad(f"shape of module {module.name!r}", _show(shape), f"at most {MAX_DIMENSIONS} dimensions")
         if any(type(dimension) is not int or not 0 <= dimension < 2**40 for dimension in shape):
             raise _bad(f"shape of module {module.name!r}", _show(shape), "whole numbers from 0 up")
     _check_unique(tuple(module.name for module in modules), "modules")
@@ -424,15 +417,11 @@ def _difference(field: str, here: object, there: object) -> list[str]:
     return [] if here == there else [f"{field}: {_show(here)} here, {_show(there)} in the run"]
 
 
-def _sequence_difference(
-    field: str, noun: str, here: tuple[object, ...], there: tuple[object, ...]
-) -> list[str]:
+def _sequence_difference(field: str, noun: str, here: tuple[object, ...], there: tuple[object, ...]) -> list[str]:
     if len(here) != len(there):
         return [f"{field}: {len(here)} {noun} here, {len(there)} in the run"]
     pairs = [(one, other) for one, other in zip(here, there, strict=True) if one != other]
     if not pairs:
         return []
     one, other = pairs[0]
-    return [
-        f"{field}: {len(pairs)} of {len(here)} differ, first {_show(one)} here, {_show(other)} in the run"
-    ]
+    return [f"{field}: {len(pairs)} of {len(here)} differ, first {_show(one)} here, {_show(other)} in the run"]

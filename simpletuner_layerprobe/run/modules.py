@@ -10,21 +10,25 @@ from simpletuner_layerprobe.run.manifest import Module
 def module_table(model: Any) -> tuple[Module, ...]:
     """Every module of a `torch.nn.Module` with its class name and the shape of its weight, in the model's order.
 
-    The shape is the logical one, also where the weight is packed: (out_features, in_features) for any kind of
-    linear layer, quantised ones included; the weight's own shape otherwise; () for a module without a weight.
-    The model itself is left out. Torch is not imported here.
+    The shape is the logical one, also where the weight is packed: (out_features, in_features) for the linear
+    layers that LyCORIS adapts (torch's Linear, its quantised subclasses, SimpleTuner's Fp8Linear); () for linear
+    layers of other kinds and for a module without a weight; the weight's own shape otherwise. The model itself is
+    left out. Torch is not imported here.
     """
     return tuple(
-        Module(name, type(module).__name__, _weight_shape(module))
-        for name, module in model.named_modules()
-        if name
+        Module(name, type(module).__name__, _weight_shape(module)) for name, module in model.named_modules() if name
     )
+
+
+def _is_adapted_linear(kind: type) -> bool:
+    names = {f"{one.__module__}.{one.__qualname__}" for one in kind.__mro__}
+    return "torch.nn.modules.linear.Linear" in names or kind.__name__ == "Fp8Linear"
 
 
 def _weight_shape(module: Any) -> tuple[int, ...]:
     inputs, outputs = getattr(module, "in_features", None), getattr(module, "out_features", None)
     if isinstance(inputs, int) and isinstance(outputs, int):
-        return (outputs, inputs)
+        return (outputs, inputs) if _is_adapted_linear(type(module)) else ()
     weight = getattr(module, "weight", None)
     shape = getattr(weight, "shape", None)
     return tuple(int(size) for size in shape) if shape is not None else ()

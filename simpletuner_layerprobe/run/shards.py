@@ -91,19 +91,13 @@ class Rows:
             _check_array(name, columns[name], (dtype,), (len(self.sigma_N),))
         sizes = stream_sizes(manifest)
         if self.distances.keys() != sizes.keys():
-            raise ProbeError(
-                f"the rows have distances for {_keys(self.distances)}; the manifest has {_keys(sizes)}"
-            )
+            raise ProbeError(f"the rows have distances for {_keys(self.distances)}; the manifest has {_keys(sizes)}")
         for key, blocks in sizes.items():
-            _check_array(
-                tensor_name(*key), self.distances[key], (np.float32, np.float64), (len(self), blocks)
-            )
+            _check_array(tensor_name(*key), self.distances[key], (np.float32, np.float64), (len(self), blocks))
         if not isinstance(self.backends, tuple) or not all(isinstance(name, str) for name in self.backends):
             raise ProbeError(f"the rows' backends are {self.backends!r:.80}; expected a tuple of strings")
         if len(self.backends) > MAX_BACKENDS:
-            raise ProbeError(
-                f"the rows name {len(self.backends)} data backends; expected at most {MAX_BACKENDS}"
-            )
+            raise ProbeError(f"the rows name {len(self.backends)} data backends; expected at most {MAX_BACKENDS}")
         _check_range("sigma", self.sigma_N, 0, 1)
         _check_range("width", self.width_N, 0, None)
         _check_range("height", self.height_N, 0, None)
@@ -144,15 +138,11 @@ class ShardWriter:
         tensors |= {tensor_name(*key): distance_NL for key, distance_NL in rows.distances.items()}
         size_bytes = sum(tensor.nbytes for tensor in tensors.values())
         if size_bytes > MAX_SHARD_BYTES - MAX_HEADER_BYTES:
-            raise ProbeError(
-                f"{len(rows)} rows take {size_bytes} bytes, too many for one shard; write fewer at a time"
-            )
+            raise ProbeError(f"{len(rows)} rows take {size_bytes} bytes, too many for one shard; write fewer at a time")
         tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
         data = save(tensors, {**self._metadata, "backends": json.dumps(rows.backends)})
         if _header_bytes(data) > MAX_HEADER_BYTES:
-            raise ProbeError(
-                f"the names of {len(rows.backends)} data backends are too long for a shard's header"
-            )
+            raise ProbeError(f"the names of {len(rows.backends)} data backends are too long for a shard's header")
         while True:
             index = 1 + max(
                 (shard_index for _, rank, shard_index in _list(self.folder) if rank == self.rank), default=-1
@@ -226,9 +216,7 @@ def create_run(run_dir: RunPath, manifest: Manifest) -> Run:
     try:
         path.mkdir(parents=True, exist_ok=True)
         # Another rank may be at it: its manifest comes first, before it only its temporary file.
-        foreign = sorted(
-            name for name in os.listdir(path) if name != MANIFEST_NAME and not is_temporary(name)
-        )
+        foreign = sorted(name for name in os.listdir(path) if name != MANIFEST_NAME and not is_temporary(name))
     except FileExistsError:
         raise ProbeError(f"{path} is a file; expected a folder for the run, or a name that is free") from None
     except OSError as error:
@@ -260,9 +248,7 @@ def tensor_name(stream: str, tokens: str) -> str:
 
 def stream_sizes(manifest: Manifest) -> dict[tuple[str, str], int]:
     """(stream, reading) -> number of blocks L, for everything that rows of this manifest must have."""
-    return {
-        (stream.name, tokens): len(stream.blocks) for stream in manifest.streams for tokens in manifest.tokens
-    }
+    return {(stream.name, tokens): len(stream.blocks) for stream in manifest.streams for tokens in manifest.tokens}
 
 
 @contextmanager
@@ -278,9 +264,7 @@ def _open_shard(
             header_bytes = _header_bytes(start.read(8))
         # safetensors itself takes headers up to 100 MB. Claims beyond the file's end it refuses.
         if header_bytes > MAX_HEADER_BYTES:
-            raise _broken(
-                path, f"is not a shard (a header of {header_bytes} bytes, at most {MAX_HEADER_BYTES})"
-            )
+            raise _broken(path, f"is not a shard (a header of {header_bytes} bytes, at most {MAX_HEADER_BYTES})")
         with safe_open(path, framework="numpy") as file:
             backends = _checked_metadata(path, file.metadata() or {}, identity)
             yield file, _checked_count(path, file, sizes), backends
@@ -373,14 +357,10 @@ def _rank_and_index(path: Path) -> tuple[int, int]:
 def _check_same(path: Path, here: Manifest, run: Manifest) -> None:
     difference = here.difference(run)
     if difference:
-        raise ProbeError(
-            f"{path} holds another run: {'; '.join(difference)}; use its settings or another folder"
-        )
+        raise ProbeError(f"{path} holds another run: {'; '.join(difference)}; use its settings or another folder")
 
 
-def _check_array(
-    name: str, array: object, dtypes: tuple[type[np.generic], ...], shape: tuple[int, ...]
-) -> None:
+def _check_array(name: str, array: object, dtypes: tuple[type[np.generic], ...], shape: tuple[int, ...]) -> None:
     wanted = f"{' or '.join(np.dtype(dtype).name for dtype in dtypes)} {shape}"
     assert isinstance(array, np.ndarray), name
     if array.dtype not in [np.dtype(dtype) for dtype in dtypes] or array.shape != shape:

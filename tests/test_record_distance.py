@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from failing import fails
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from simpletuner_layerprobe.record import distance
+from simpletuner_layerprobe.record.distance import last_token, mean_token, token_angles
+
+
+def reference(u: torch.Tensor, v: torch.Tensor) -> np.ndarray:
+    """arccos(cos)/pi in float64, as the article writes it (without its clamp)."""
+    a, b = u.double().numpy(), v.double().numpy()
+    cos = np.einsum("bsd,bsd->bs", a, b) / (np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1))
+    return np.arccos(np.clip(cos, -1, 1)) / np.pi
+
+
+def states(
+    seed: int, shape: tuple[int, int, int], size: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    before = torch.randn(shape, generator=generator) * 10
+    return before.to(dtype), (before + size * torch.randn(shape, generator=generator)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [1e-4, 1e-2, 1.0, 100.0])
+@pytest.mark.parametrize("shape", [(1, 1, 8), (2, 333, 96), (1, 517, 2432)])
+def test_agrees_with_float64(shape, size, dtype):
+    before, after = states(0, shape, size, dtype)
+    found = token_angles(before, after)
+    assert found.dtype == torch.float32
+    # arccos itself is only good to sqrt(2 eps)/pi = 7e-9 there, far below the bound
+    np.testing.assert_allclose(found.numpy(), reference(before, after), rtol=0, atol=2e-7)
+
+
+@pytest.mark.parametrize("angle", [1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 0.1, 1.0, 3.0, math.pi - 1e-6])
+def test_small_angles_are_exact(angle):
+    """Where float32 arccos gives 0 or rounding noise."""
+    u = torch.tensor([[[1.0, 0.0]]], dtype=torch.float64)
+    v = torch.tensor([[[math.cos(angle), math.sin(angle)]]], dtype=torch.float64)
+    found = token_angles(u.float(), v.float()).item()
+    v = v.float().double()  # the state that the model really had
+    expected = math.atan2(v[0, 0, 1].item(), v[0, 0, 0].item()) / math.pi
+    assert found == pytest.approx(expected, rel=1e-6, abs=1e-9)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    size=st.floats(1e-5, 1e3),
+    scale=st.sampled_from([2.0**-20, 0.25, 3.0, 1e6]),
+    tokens=st.integers(1, 40),
+)
+def test_properties(seed, size, scale, tokens):
+    before, after = states(seed, (2, tokens, 24), size, torch.float32)
+    angles = token_angles(before, after)
+    assert ((angles >= 0) & (angles <= 1)).all()
+    assert torch.equal(angles, token_angles(after, before))
+    torch.testing.assert_close(angles, token_angles(before, scale * after), rtol=0, atol=3e-7)
+    assert torch.equal(token_angles(before, before), torch.zeros(2, tokens))
+    torch.testing.assert_close(token_angles(before, -before), torch.ones(2, tokens), rtol=0, atol=1e-7)
+    torch.testing.assert_close(angles + token_angles(before, -after), torch.ones(2, tokens), rtol=0, atol=3e-7)
+
+
+def test_chunks_change_nothing(monkeypatch):
+    before, after = states(3, (2, 50, 16), 1.0, torch.bfloat16)
+    whole = token_angles(before, after)
+    monkeypatch.setitem(distance.CHUNK_ELEMENTS, "cpu", 2 * 16 * 7)
+    # not bit for bit: torch takes the last few elements of a tensor by another atan2
+    torch.testing.assert_close(token_angles(before, after), whole, rtol=0, atol=1e-7)
+
+
+def test_a_state_without_direction_is_nan():
+    before, after = states(4, (1, 3, 8), 1.0, torch.float32)
+    before[0, 1] = 0
+    after[0, 2, 3] = torch.inf
+    angles = token_angles(before, after)
+    assert angles[0, 0].isfinite() and angles[0, 1].isnan() and not angles[0, 2].isfinite()
+
+
+def test_shapes_must_agree():
+    with fails("changed the shape of its hidden states from (1, 4, 8) to (1, 5, 8)"):
+        token_angles(torch.ones(1, 4, 8), torch.ones(1, 5, 8))
+
+
+def test_readings():
+    angles = torch.tensor([[0.1, 0.2, 0.6], [0.3, 0.5, math.nan]])
+    assert last_token(angles)[0].item() == pytest.approx(0.6)
+    valid = torch.tensor([[True, True, False], [False, True, False]])
+    torch.testing.assert_close(mean_token(angles, valid), torch.tensor([0.15, 0.5]))
+    assert mean_token(angles, None)[0].item() == pytest.approx(0.3)
+    assert mean_token(angles, torch.zeros(2, 3, dtype=torch.bool)).isnan().all()

@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from failing import fails
+
+from simpletuner_layerprobe.settings import OPTIONS, ProbeSettings
+
+
+def config(**options: object) -> SimpleNamespace:
+    defaults = {option.name: option.default for option in OPTIONS}
+    return SimpleNamespace(**(defaults | {"output_dir": "out", "layerprobe": True} | options))
+
+
+def test_defaults():
+    settings = ProbeSettings.from_config(config())
+    assert settings == ProbeSettings(directory="out/layerprobe", sigmas="uniform", samples=0, flush_seconds=30.0)
+    assert ProbeSettings.from_config(config(layerprobe=False)) is None
+
+
+def test_values_as_the_command_line_gives_them():
+    settings = ProbeSettings.from_config(
+        config(layerprobe_dir="~/x", layerprobe_samples="1e3", layerprobe_flush_seconds="0.5")
+    )
+    assert settings is not None
+    assert settings.samples == 1000 and settings.flush_seconds == 0.5
+    assert settings.directory.endswith("/x") and not settings.directory.startswith("~")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("layerprobe_sigmas", "gauss"),
+        ("layerprobe_samples", "-1"),
+        ("layerprobe_samples", "2.5"),
+        ("layerprobe_samples", "nan"),
+        ("layerprobe_samples", "inf"),
+        ("layerprobe_samples", None),
+        ("layerprobe_flush_seconds", "0"),
+        ("layerprobe_flush_seconds", "inf"),
+        ("layerprobe_flush_seconds", "soon"),
+    ],
+)
+def test_wrong_values_name_the_option(name, value):
+    with fails(f"{name} is"):
+        ProbeSettings.from_config(config(**{name: value}))
+
+
+def test_every_option_has_a_label_and_help():
+    for option in OPTIONS:
+        assert option.name.startswith("layerprobe") and option.label and option.help.endswith(".")

@@ -76,7 +76,8 @@ class SimpleTuner:
         assert self._process.stdout is not None
         first = self._process.stdout.readline()
         assert first and json.loads(first) == {"ready": True}, log.read_text()[-4000:]
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
     def _read(self) -> None:
         assert self._process.stdout is not None
@@ -115,6 +116,9 @@ class SimpleTuner:
         return self.start(cwd, env, **options).result()  # type: ignore[arg-type]
 
     def close(self) -> None:
-        self._process.terminate()
-        self._process.wait(timeout=30)
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.close()  # its loop over the lines ends
+        self._process.wait(timeout=60)
+        self._reader.join(timeout=60)
+        self._process.stdout.close()
         self._stderr.close()

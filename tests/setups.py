@@ -9,6 +9,7 @@ from typing import Any
 def another_trainer() -> None:
     """A SimpleTuner whose Trainer lacks one of the methods that the probe wraps."""
     from simpletuner.helpers.training import trainer
+
     from simpletuner_layerprobe.record import trainer as probe
 
     probe.uninstall(trainer)

@@ -21,7 +21,7 @@ def main() -> None:
     import simpletuner
     import simpletuner.helpers.models.flux.model
     import simpletuner.helpers.models.sd3.model
-    import simpletuner.helpers.training.trainer  # noqa: F401
+    import simpletuner.helpers.training.trainer
     import torch._dynamo  # noqa: F401
 
     train = os.path.join(os.path.dirname(simpletuner.__file__), "train.py")

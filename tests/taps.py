@@ -7,6 +7,7 @@ The functions run inside the training process (see simpletuner_server.py) and le
 from __future__ import annotations
 
 import atexit
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,7 @@ MASKS: list[np.ndarray | None] = []
 def article_distances(states: list[np.ndarray], mask_BS: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """(last, mean) angular distances of consecutive states, each (B, L): arccos(cos)/pi in float64, no clamp."""
     last, mean = [], []
-    for before_BSD, after_BSD in zip(states[:-1], states[1:], strict=True):
+    for before_BSD, after_BSD in itertools.pairwise(states):
         dot = (before_BSD * after_BSD).sum(-1)
         cos = dot / (np.linalg.norm(before_BSD, axis=-1) * np.linalg.norm(after_BSD, axis=-1))
         angle_BS = np.arccos(np.clip(cos, -1, 1)) / np.pi

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -20,9 +21,7 @@ from simpletuner_layerprobe.record.observer import Observer, find_blocks, stream
 def cosine_distances(states: list[torch.Tensor]) -> np.ndarray:
     """(B, S, L) float64: arccos(cos)/pi of consecutive states."""
     arrays = [state.double().numpy() for state in states]
-    cos = [
-        (a * b).sum(-1) / np.sqrt((a**2).sum(-1) * (b**2).sum(-1)) for a, b in zip(arrays[:-1], arrays[1:], strict=True)
-    ]
+    cos = [(a * b).sum(-1) / np.sqrt((a**2).sum(-1) * (b**2).sum(-1)) for a, b in itertools.pairwise(arrays)]
     return np.arccos(np.clip(np.stack(cos, -1), -1, 1)) / np.pi
 
 
@@ -224,7 +223,7 @@ def test_a_denoiser_of_another_family_is_refused():
 def test_a_mask_of_another_length_is_refused():
     with Observer(FluxLike(), family("flux")) as observer:
         observer.begin(torch.ones(1, 9, dtype=torch.bool))
-        with fails("text mask has shape (1, 9) and the text stream (1, 7)"):
+        with fails("text mask has shape (1, 9), the text stream (1, 7)"):
             observer.denoiser(torch.randn(1, 15, 6), encoder_hidden_states=torch.randn(1, 7, 6))
 
 

@@ -33,7 +33,7 @@ def test_each_stratified_sigma_is_uniform_in_distribution(sample):
     steps = np.arange(2001) / 2000
     distance = max(np.abs(sigmas - steps[:-1]).max(), np.abs(sigmas - steps[1:]).max())
     assert distance < 1.95 / np.sqrt(2000)
-    assert 0 <= sigmas[0] and sigmas[-1] < 1
+    assert sigmas[0] >= 0 and sigmas[-1] < 1
 
 
 def test_uniform_sigmas_are_uniform():

@@ -131,7 +131,8 @@ class Observer:
         ]
         if missing:
             raise ProbeError(
-                f"{len(missing)} of {sum(map(len, self.streams.values()))} block states were not reported in this step: "
+                f"{len(missing)} of {sum(map(len, self.streams.values()))} block states were not reported in this "
+                f"step: "
                 f"{', '.join(missing[:4])}{' ...' if len(missing) > 4 else ''}; "
                 f"the forward of {type(self.denoiser).__name__} did not run them, nothing of this step was recorded"
             )
@@ -224,7 +225,7 @@ class Observer:
         valid_BS = self._text_mask_BS if seam.stream == "text" else None
         if valid_BS is not None and valid_BS.shape != angles_BS.shape:
             raise ProbeError(
-                f"the batch's text mask has shape {tuple(valid_BS.shape)} and the text stream {tuple(angles_BS.shape)}; "
+                f"the batch's text mask has shape {tuple(valid_BS.shape)}, the text stream {tuple(angles_BS.shape)}; "
                 f"the layer probe does not know which text tokens of family {self.family.name!r} are valid"
             )
         return {"last": last_token(angles_BS), "mean": mean_token(angles_BS, valid_BS)}

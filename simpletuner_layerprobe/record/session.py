@@ -267,9 +267,10 @@ class Session:
         total = open_run(directory).sample_count()
         new = total - self.recorded
         seconds = time.monotonic() - self._started
+        figures = os.path.join(directory, "figures")
         self._summary = (
-            f"layerprobe: {new} samples in {seconds:.1f} s ({new / seconds:.2f} samples/s), {total} in the run {directory}; next: layerprobe heatmap {directory}"
-            f" --out {os.path.join(directory, 'figures')}"
+            f"layerprobe: {new} samples in {seconds:.1f} s ({new / seconds:.2f} samples/s), "
+            f"{total} in the run {directory}; next: layerprobe heatmap {directory} --out {figures}"
         )
 
     def finish_early(self) -> None:

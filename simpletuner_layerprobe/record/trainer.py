@@ -129,11 +129,10 @@ def uninstall(module: Any) -> None:
     trainer_class = module.Trainer
     for name in SEAMS:
         method = getattr(trainer_class, name, None)
-        if getattr(method, "layerprobe", False):
+        if method is not None and getattr(method, "layerprobe", False):
             setattr(trainer_class, name, method.__wrapped__)
-    excepthook: Any = sys.excepthook
-    if getattr(excepthook, "layerprobe", False):
-        sys.excepthook = excepthook.__wrapped__
+    if getattr(sys.excepthook, "layerprobe", False):
+        sys.excepthook = vars(sys.excepthook)["__wrapped__"]
     cpu.uninstall_pin_memory_fallback()
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from real import ANSI
 from test_real_run import RUN, column, run_of
 
 BIN = Path(sys.executable).parent
@@ -36,7 +37,7 @@ def test_a_signal_to_simpletuner_train_ends_with_code_0_and_the_last_line(tiny, 
             time.sleep(0.2)
         process.send_signal(number)
         assert process.wait(timeout=120) == 0, log.read_text(errors="replace")[-4000:]
-    last = log.read_text(errors="replace").rstrip().splitlines()[-1]
+    last = ANSI.sub("", log.read_text(errors="replace")).rstrip().splitlines()[-1]
     total = run_of(folder).sample_count()
     assert f"layerprobe: {total} samples in" in last and "samples/s" in last
     assert f"{RUN}" in last and "next: layerprobe heatmap" in last

@@ -22,6 +22,8 @@ import torch
 from simpletuner_layerprobe import ProbeError, __version__, families
 from simpletuner_layerprobe.record import config as given
 from simpletuner_layerprobe.record import cpu, launch
+from simpletuner_layerprobe.record.noise import RULES as NOISE_RULES
+from simpletuner_layerprobe.record.noise import sigma_of
 from simpletuner_layerprobe.record.rows import Facts
 from simpletuner_layerprobe.record.seams import SEAMS, missing_seams, simpletuner_version
 from simpletuner_layerprobe.record.session import Session
@@ -318,10 +320,9 @@ def _prepare_regularisation_parent_targets(original: Any, session: Session, self
 def _compute_model_prediction_loss(original: Any, session: Session, self: Any, prepared_batch: dict) -> Any:
     if session.observer is None:
         return original(self, prepared_batch)
-    sigma_B = noise_levels(prepared_batch)
-    text_mask_BS = text_mask(prepared_batch)
+    sigma_B = sigma_of(NOISE_RULES[session.family.noise], self.model, prepared_batch)
     text_tokens = text_length(prepared_batch)
-    session.arm(sigma_B, text_mask_BS, sample_facts(prepared_batch, len(sigma_B)))
+    session.arm(prepared_batch, sigma_B, text_mask(prepared_batch), sample_facts(prepared_batch, len(sigma_B)))
     with torch.no_grad():
         result = original(self, prepared_batch)
     session.commit(loss=result[2], text_tokens=text_tokens)
@@ -367,6 +368,7 @@ def train(original: Any, session: Session, self: Any) -> None:
         config.strict_epoch_limit = False
     versions = {name: importlib.metadata.version(name) for name in ("simpletuner", "torch", "diffusers")}
     denoiser = self.model.get_trained_component()
+    session.family = families.family(config.model_family, type(denoiser).__name__)
     with (
         session.recording(
             denoiser,
@@ -438,24 +440,20 @@ def _probe_sigmas(self: Any, session: Session) -> Iterator[None]:
     if session.settings.sigmas == "training":
         yield
         return
+    rule = NOISE_RULES[session.family.noise]
+    if rule.prescribe is None:
+        raise ProbeError(
+            f"layerprobe_sigmas is {session.settings.sigmas!r}, but model family {session.family.name!r} chooses its "
+            f"noise levels itself; set layerprobe_sigmas to 'training'"
+        )
     seed = int(session.options.get("seed", 0) or 0)
 
-    def sample_flow_sigmas(batch: dict, state: dict) -> tuple[torch.Tensor, torch.Tensor]:
-        sigmas = session.draw_sigmas(batch["latents"].shape[0], seed)
-        sigma_B = torch.from_numpy(sigmas).to(device=self.accelerator.device, dtype=torch.float32)
-        return sigma_B, sigma_B * 1000.0
+    def draw(count: int) -> torch.Tensor:
+        sigmas = torch.from_numpy(session.draw_sigmas(count, seed))
+        return sigmas.to(device=self.accelerator.device, dtype=torch.float32)
 
-    model.sample_flow_sigmas = sample_flow_sigmas
-    try:
+    with rule.prescribe(model, draw):
         yield
-    finally:
-        del model.sample_flow_sigmas
-
-
-def noise_levels(prepared_batch: dict) -> torch.Tensor:
-    """The sigma of each sample, (B,) in [0, 1], 1 = noise; the mean over tokens where they differ."""
-    sigmas = prepared_batch["sigmas"]
-    return sigmas.detach().float().reshape(sigmas.shape[0], -1).mean(dim=1).clamp(0, 1)
 
 
 def text_mask(prepared_batch: dict) -> torch.Tensor | None:

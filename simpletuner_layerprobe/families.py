@@ -119,6 +119,11 @@ FAMILIES: tuple[Family, ...] = (
             Target("single_transformer_blocks.*", ("norm*", "proj_mlp*", "proj_out*"), ("*",)),
         ),
     ),
+    # <G1>
+    # <G2>
+    # <G3>
+    # <G4>
+    # <G5>
 )
 
 # Families that cannot be probed, and why.

@@ -56,4 +56,9 @@ def _sampled(timesteps: Callable[[torch.Tensor], torch.Tensor]) -> Prescribe:
 RULES: dict[str, NoiseRule] = {
     # sigmas are noise-ward, timesteps are 1000 * sigma: SimpleTuner's common flow matching.
     "flow": NoiseRule(lambda model, batch: batch["sigmas"], _sampled(lambda sigma_B: sigma_B * 1000.0)),
+    # <G1>
+    # <G2>
+    # <G3>
+    # <G4>
+    # <G5>
 }

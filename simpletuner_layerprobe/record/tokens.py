@@ -125,6 +125,13 @@ def text_part(forward: Forward, part: slice) -> Part:
     return Part(part, mask_BS)
 
 
+# <G1>
+# <G2>
+# <G3>
+# <G4>
+# <G5>
+
+
 # How a state's dimensions become (B, S, D).
 LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "BSD": lambda state: state,

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -109,7 +111,8 @@ class Case:
     denoiser(): a tiny random denoiser. options: SimpleTuner options beside the defaults. raw_batch(dtype): the batch
     as the collate function returns it. tape(denoiser): the context that tapes the blocks. reference(tape, prepared,
     denoiser): stream -> StreamReference. blocks: the expected number of blocks of each stream. sigma(prepared): the
-    expected sigma of each sample, by the family's own formula written out again.
+    expected sigma of each sample, by the family's own formula written out again. drawn_as(sigmas): what prescribed
+    sigmas become in a family that cannot take each (DDPM has whole steps).
     """
 
     family: str
@@ -122,13 +125,33 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     sigma: Callable[[Mapping[str, Any]], Any] | None = None
     prepare_model: Callable[[Any], None] = lambda model: None
+    drawn_as: Callable[[torch.Tensor], torch.Tensor] = lambda sigma_B: sigma_B
     label: str = ""
     scheduler: Mapping[str, Any] = field(default_factory=lambda: FLOW_SCHEDULER)
+    # Repositories of which the model class loads the scheduler by name, whatever the options say: they become folders of
+    # that name in the working directory, which diffusers takes first.
+    scheduler_repositories: Sequence[str] = ()
 
 
 # What the model class reads from the pipeline folder when it is made.
 FLOW_SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
 DDPM_SCHEDULER = {"_class_name": "DDPMScheduler", "num_train_timesteps": 1000, "beta_schedule": "scaled_linear"}
+
+
+def whole_steps(sigma_B: torch.Tensor, steps: int = 1000) -> torch.Tensor:
+    """The sigmas of the DDPM steps in which these lie."""
+    return (sigma_B * steps).floor() / (steps - 1)
+
+
+def sigma_of_mix(prepared: Mapping[str, Any], betas: np.ndarray) -> np.ndarray:
+    """The fraction of the DDPM steps at which the noise was really mixed in, found in the noisy latents alone."""
+    kept_T = torch.from_numpy(np.cumprod(1 - betas)).unsqueeze(1)
+    steps = []
+    for latents, noise, noisy in zip(prepared["latents"], prepared["noise"], prepared["noisy_latents"], strict=True):
+        mixed_TN = kept_T.sqrt() * latents.double().reshape(1, -1) + (1 - kept_T).sqrt() * noise.double().reshape(1, -1)
+        off_T = (mixed_TN.to(noisy.dtype) - noisy.reshape(1, -1)).abs().sum(dim=1, dtype=torch.float64)
+        steps.append(int(off_T.argmin()))
+    return np.array(steps) / (len(betas) - 1)
 
 
 def make_config(case: Case, dtype: torch.dtype, pipeline: Path) -> Any:
@@ -170,6 +193,9 @@ def make_model(case: Case, dtype: torch.dtype, denoiser: nn.Module) -> Any:
     pipeline = Path(tempfile.mkdtemp())
     (pipeline / "scheduler").mkdir()
     (pipeline / "scheduler" / "scheduler_config.json").write_text(json.dumps(dict(case.scheduler)))
+    for repository in case.scheduler_repositories:
+        shutil.copytree(pipeline / "scheduler", pipeline / repository / "scheduler")
+        os.chdir(pipeline)
     config = make_config(case, dtype, pipeline)
     accelerator = Accelerator(
         device=torch.device("cpu"),
@@ -211,7 +237,9 @@ def run_case(case: Case, dtype: torch.dtype, checkpointing: bool = False) -> Out
     """One training step's forward of the family under the observer and the tape. Raises AssertionError."""
     torch.manual_seed(0)
     denoiser = case.denoiser().to(dtype).train()
-    if checkpointing and hasattr(denoiser, "gradient_checkpointing"):
+    if checkpointing and getattr(denoiser, "_supports_gradient_checkpointing", False):
+        denoiser.enable_gradient_checkpointing()  # as Trainer does
+    elif checkpointing and hasattr(denoiser, "gradient_checkpointing"):
         denoiser.gradient_checkpointing = True
     model = make_model(case, dtype, denoiser)
     entry = families.family(case.family, type(denoiser).__name__)
@@ -224,7 +252,7 @@ def run_case(case: Case, dtype: torch.dtype, checkpointing: bool = False) -> Out
         else:
             with noise.prescribe(model, lambda count: sigmas[:count].clone()):
                 prepared = model.prepare_batch(case.raw_batch(dtype), {"global_step": 0})
-            prescribed_deviation = float((sigma_of(noise, model, prepared) - sigmas).abs().max())
+            prescribed_deviation = float((sigma_of(noise, model, prepared) - case.drawn_as(sigmas)).abs().max())
         sigma_B = sigma_of(noise, model, prepared)
         assert sigma_B.shape == (BATCH,), f"sigma of shape {tuple(sigma_B.shape)}"
         expected = sigma_B if case.sigma is None else torch.as_tensor(case.sigma(prepared)).reshape(BATCH)
@@ -277,6 +305,14 @@ def prove_targets(denoiser: nn.Module, entry: families.Family, streams: Mapping[
     plan = article_plan(blocks, factors, entry.targets, modules)
     check = verify(article_config(blocks, factors, entry.targets), plan, modules, model_class=type(denoiser).__name__)
     return len(check.rows), len(check.wrong), len(check.unmatched)
+
+
+def randomised(model: nn.Module, deviation: float = 0.1) -> nn.Module:
+    """The model with all parameters drawn anew, so that gates that start at zero do not hide the blocks."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, deviation)
+    return model
 
 
 def _mean(token_angles: np.ndarray, valid: np.ndarray | None) -> float:

@@ -1,5 +1,7 @@
 """Runs the family cases and prints one JSON object a line: an outcome, or {"family", "label", "error"}.
 
+Without names, the first line is {"registry": [every model family that this SimpleTuner has]}.
+
     python tests/run_families.py [FAMILY ...]
 
 One process, so that SimpleTuner is imported once; each family in a fork, so that none sees another's patches.
@@ -27,6 +29,10 @@ def main(names: list[str]) -> int:
     import simpletuner.helpers.training.trainer  # noqa: F401
 
     torch.set_num_threads(1)
+    if not names:
+        from simpletuner.helpers.models.all import ModelRegistry
+
+        print(json.dumps({"registry": sorted(ModelRegistry.model_families())}))
     known = sorted(path.stem for path in (TESTS / "families").glob("*.py") if path.stem != "__init__")
     failed = False
     for name in names or known:

@@ -53,12 +53,128 @@ def _sampled(timesteps: Callable[[torch.Tensor], torch.Tensor]) -> Prescribe:
     return prescribe
 
 
+@contextmanager
+def _drawn_edm_sigmas(model: Any, draw: Draw) -> Iterator[None]:
+    """For families that call `model.prepare_edm_sigmas(count, device)`; clamped as the model itself clamps."""
+
+    def prepare_edm_sigmas(count: int, device: torch.device) -> dict[str, torch.Tensor]:
+        sigma_B = draw(count)
+        return {"sigmas": (sigma_B / (1.0 - sigma_B)).clamp(model.sigma_min, model.sigma_max).to(device)}
+
+    model.prepare_edm_sigmas = prepare_edm_sigmas
+    try:
+        yield
+    finally:
+        del model.prepare_edm_sigmas
+
+
+def _sampled_unchanged(timesteps: Callable[[torch.Tensor], torch.Tensor], change: str) -> Prescribe:
+    """`_sampled` for families whose method `change` maps the sampled sigmas to others: meanwhile to themselves."""
+
+    @contextmanager
+    def prescribe(model: Any, draw: Draw) -> Iterator[None]:
+        with _sampled(timesteps)(model, draw):
+            setattr(model, change, lambda sigmas: sigmas)
+            try:
+                yield
+            finally:
+                delattr(model, change)
+
+    return prescribe
+
+
+def step_level(model: Any, batch: Mapping[str, Any]) -> torch.Tensor:
+    """The fraction of the steps: 0 for the first, clean one, 1 for the last."""
+    if model.PREDICTION_TYPE.is_flow_prediction:
+        return batch["sigmas"]
+    return batch["timesteps"].float() / (model.noise_schedule.config.num_train_timesteps - 1)
+
+
+@contextmanager
+def _drawn_steps(model: Any, draw: Draw) -> Iterator[None]:
+    """For families that draw whole DDPM steps: sigma in [k/T, (k+1)/T) is step k, so that uniform is uniform over steps.
+
+    `prepare_batch` draws the steps in more than one way, and then passes them to `noise_schedule.add_noise` as the
+    tensor that stays in the batch: there they are replaced.
+    """
+    if model.PREDICTION_TYPE.is_flow_prediction:
+        with _sampled(lambda sigma_B: sigma_B * 1000.0)(model, draw):
+            yield
+        return
+    schedule = model.noise_schedule
+    last_step = schedule.config.num_train_timesteps - 1
+    add_noise = schedule.add_noise
+
+    def add_noise_at_drawn_steps(latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        timesteps.copy_((draw(latents.shape[0]) * (last_step + 1)).floor().clamp(max=last_step))
+        noisy: torch.Tensor = add_noise(latents, noise, timesteps)
+        return noisy
+
+    schedule.add_noise = add_noise_at_drawn_steps
+    try:
+        yield
+    finally:
+        del schedule.add_noise
+
+
+@contextmanager
+def _sampled_twice_clean_ward(model: Any, draw: Draw) -> Iterator[None]:
+    """For families whose `model.sample_flow_sigmas` gives (t, t), t = 1 - sigma, and is called twice for a batch.
+
+    The second time the batch has the first time's `timesteps`, and keeps them.
+    """
+
+    def sample_flow_sigmas(batch: dict[str, Any], state: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
+        known = batch.get("timesteps")
+        clean_B = 1.0 - draw(batch["latents"].shape[0]) if known is None else known
+        return clean_B, clean_B
+
+    model.sample_flow_sigmas = sample_flow_sigmas
+    try:
+        yield
+    finally:
+        del model.sample_flow_sigmas
+
+
+@contextmanager
+def _drawn_clean_ward(model: Any, draw: Draw) -> Iterator[None]:
+    """For families whose `prepare_batch` draws t = 1 - sigma itself, but asks the user's own distribution if there is one:
+    there is one, for the time being."""
+    model._uses_flow_cubic_schedule = lambda: True
+    model._sample_flow_cubic_values = lambda count, device: 1.0 - draw(count)
+    try:
+        yield
+    finally:
+        del model._uses_flow_cubic_schedule, model._sample_flow_cubic_values
+
+
 RULES: dict[str, NoiseRule] = {
     # sigmas are noise-ward, timesteps are 1000 * sigma: SimpleTuner's common flow matching.
     "flow": NoiseRule(lambda model, batch: batch["sigmas"], _sampled(lambda sigma_B: sigma_B * 1000.0)),
+    # chroma/model.py `_apply_chroma_flow_schedule`: as "flow", but the sampled sigmas are mapped to s^2 below 0.5 and to
+    # 1 - (1 - s)^2 above, which leaves out 0.25 to 0.75, and the latents are mixed again; the batch has the mapped ones.
+    "flow_mapped": NoiseRule(
+        lambda model, batch: batch["sigmas"],
+        _sampled_unchanged(lambda sigma_B: sigma_B * 1000.0, "_adjust_chroma_sigmas"),
+    ),
     # <G1>
+    # omnigen (omnigen/model.py, sample_flow_sigmas and prepare_batch_conditions): latents * t + noise * (1 - t), and both
+    # `timesteps` and `sigmas` are t.
+    "flow_clean_ward": NoiseRule(lambda model, batch: 1 - batch["timesteps"], _sampled_twice_clean_ward),
     # <G2>
+    # cosmos (cosmos/model.py, prepare_batch): latents + sigma_edm * noise, sigma_edm in [0.002, 80]. After the model's own
+    # scaling by 1 / (sigma_edm + 1) that is (1 - sigma) * latents + sigma * noise with this sigma.
+    "edm": NoiseRule(lambda model, batch: 1 - 1 / (1 + batch["sigmas"].float()), _drawn_edm_sigmas),
+    # anima (anima/model.py, sample_flow_sigmas): noise-ward sigmas, and the timesteps are the sigmas.
+    "flow_in_sigmas": NoiseRule(lambda model, batch: batch["sigmas"], _sampled(lambda sigma_B: sigma_B)),
+    # minimaxmusic and minimaxh3 (model.py, sample_flow_sigmas): noise-ward sigmas, and the timesteps are 1 - sigma.
+    "flow_in_clean": NoiseRule(lambda model, batch: batch["sigmas"], _sampled(lambda sigma_B: 1.0 - sigma_B)),
+    # cosmos3 (cosmos3/model.py, prepare_batch): t * latents + (1 - t) * noise, `sigmas` are t and the timesteps 1000 * t.
+    "flow_in_clean_steps": NoiseRule(lambda model, batch: 1 - batch["timesteps"].float() / 1000, _drawn_clean_ward),
     # <G3>
     # <G4>
+    # common.py, prepare_batch: whole steps 0 (clean) to T - 1 of a DDPM schedule. pixart, sd1x, sdxl and kolors change to
+    # common flow matching, with sigmas, where the user's prediction_type is a flow.
+    "ddpm": NoiseRule(step_level, _drawn_steps),
     # <G5>
 }

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from simpletuner_layerprobe import ProbeError
-from simpletuner_layerprobe.families import Block, Family, find_blocks, stream_blocks
+from simpletuner_layerprobe.families import SAME_SHAPE, Block, Family, StreamSeam, find_blocks, stream_blocks
 from simpletuner_layerprobe.record.distance import token_angles
 from simpletuner_layerprobe.record.tokens import LAYOUTS, RULES, Call, Forward, readings
 
@@ -198,11 +198,27 @@ class Observer:
         for seam in block.seams:
             key = (seam.argument, seam.result)
             if key not in angles:
-                after = output if seam.result is None else output[seam.result]
-                angles[key] = token_angles(layout(states[seam.argument][1]), layout(after))
+                before = states[seam.argument][1]
+                after = self._result(block, seam, before, output)
+                angles[key] = token_angles(layout(before), layout(after))
             if not joint:
                 self._forward.lengths[seam.stream] = angles[key].shape[1]
             part = RULES[seam.tokens](self._forward, angles[key].shape[1])
             for reading, value_B in readings(angles[key], part).items():
                 self._distances[-1].setdefault((seam.stream, reading), {})[block.path] = value_B
         self._forward.block = None  # it holds the state before the block
+
+    def _result(self, block: Block, seam: StreamSeam, before: torch.Tensor, output: Any) -> torch.Tensor:
+        """The state of the seam's stream in what the block returned."""
+        if seam.result is None:
+            return output
+        if seam.result != SAME_SHAPE:
+            return output[seam.result]
+        states = [one for one in (output if isinstance(output, (tuple, list)) else [output]) if torch.is_tensor(one)]
+        fitting = [one for one in states if one.shape == before.shape]
+        if len(fitting) != 1:
+            raise ProbeError(
+                f"{block.path} returns {len(fitting)} states of shape {tuple(before.shape)}, so the {seam.stream} "
+                f"stream cannot be told; model family {self.family.name!r} needs an entry in the layer probe's table"
+            )
+        return fitting[0]

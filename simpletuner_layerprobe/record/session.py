@@ -46,9 +46,9 @@ class Session:
     config, one line per reason. idle_parameter: the one parameter that the optimizer gets.
     """
 
-    def __init__(self, settings: ProbeSettings, family: Family, options: Mapping[str, Any]) -> None:
+    def __init__(self, settings: ProbeSettings, options: Mapping[str, Any]) -> None:
         self.settings = settings
-        self.family = family
+        self.family: Family
         self.options = dict(options)
         self.changed: list[str] = []
         self.idle_parameter: torch.nn.Parameter

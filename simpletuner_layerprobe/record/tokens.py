@@ -7,6 +7,7 @@ Nothing here waits for the device.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -125,9 +126,275 @@ def text_part(forward: Forward, part: slice) -> Part:
     return Part(part, mask_BS)
 
 
+def packed_length(forward: Forward) -> int:
+    """How many tokens the noised latents fill, packed as the denoiser gets them (B, S, D)."""
+    return forward.batch["noisy_latents"][0].numel() // forward.call["hidden_states"].shape[-1]
+
+
+@rule
+def noised_first(forward: Forward, tokens: int) -> Part:
+    """The noised part of an image stream [noised | references] of its own."""
+    return Part(slice(0, packed_length(forward)))
+
+
+@rule
+def noised_after_text(forward: Forward, tokens: int) -> Part:
+    """The noised part of [text | noised | references]."""
+    return Part(slice(forward.lengths["text"], forward.lengths["text"] + packed_length(forward)))
+
+
+@rule
+def image_after_text(forward: Forward, tokens: int) -> Part:
+    """The image part of [text | image | references], as long as the image stream was in its last block of its own."""
+    return Part(slice(forward.lengths["text"], forward.lengths["text"] + forward.lengths["image"]))
+
+
+@rule
+def caption_last(forward: Forward, tokens: int) -> Part:
+    """The caption in a text stream [registers | caption] of its own: as many tokens as the denoiser was given."""
+    return text_part(forward, slice(tokens - forward.call["encoder_hidden_states"].shape[1], tokens))
+
+
+@rule
+def caption_before_image(forward: Forward, tokens: int) -> Part:
+    """The caption in [registers | caption | image]."""
+    return caption_last(forward, forward.lengths["text"])
+
+
 # <G1>
+def packed_tokens(forward: Forward) -> int:
+    """How many tokens one sample's noised latents make, where the model packs them before the denoiser's call."""
+    latents = forward.batch["latents"]
+    return latents.numel() // latents.shape[0] // forward.call["hidden_states"].shape[-1]
+
+
+def prompt_tokens(forward: Forward) -> int:
+    """How many tokens the batch's prompt embeddings have, padding included."""
+    return forward.batch["encoder_hidden_states"].shape[1]
+
+
+def spans(forward: Forward, tokens: int, ranges: tuple[tuple[tuple[int, int], ...], ...]) -> torch.Tensor:
+    """(B, tokens) bool, True in the given ranges (start, stop) of each sample; made once a forward."""
+    key = f"spans {tokens} {ranges}"
+    if key not in forward.notes:
+        position_S = torch.arange(tokens, device=forward.batch["latents"].device)
+        rows = []
+        for sample in ranges:
+            row_S = torch.zeros_like(position_S, dtype=torch.bool)
+            for start, stop in sample:
+                row_S |= (position_S >= start) & (position_S < stop)
+            rows.append(row_S)
+        forward.notes[key] = torch.stack(rows)
+    return forward.notes[key]
+
+
+def with_padding(count: int, multiple: int = 32) -> int:
+    """`count` tokens padded to a whole multiple."""
+    return count + -count % multiple
+
+
+@rule
+def packed_first(forward: Forward, tokens: int) -> Part:
+    """The noised latents in [image | reference images], packed by the model."""
+    return Part(slice(0, packed_tokens(forward)))
+
+
+@rule
+def packed_after_prompt(forward: Forward, tokens: int) -> Part:
+    """The noised latents in [text | image | reference image], packed by the model."""
+    start = prompt_tokens(forward)
+    return Part(slice(start, start + packed_tokens(forward)))
+
+
+@rule
+def after_prompt(forward: Forward, tokens: int) -> Part:
+    """The image part of [text | image], where the text is as long as the batch's prompt embeddings."""
+    return Part(slice(prompt_tokens(forward), tokens))
+
+
+@rule
+def prompt_first(forward: Forward, tokens: int) -> Part:
+    """The text part of [text | image ...], where the text is as long as the batch's prompt embeddings."""
+    return text_part(forward, slice(0, prompt_tokens(forward)))
+
+
+@rule
+def grid_first(forward: Forward, tokens: int) -> Part:
+    """The image part of [image | text | reference images], where each place of the latents is a token."""
+    height, width = forward.call["hidden_states"].shape[-2:]
+    return Part(slice(0, height * width))
+
+
+@rule
+def prompt_after_grid(forward: Forward, tokens: int) -> Part:
+    """The text part of [image | text | reference images], where each place of the latents is a token."""
+    height, width = forward.call["hidden_states"].shape[-2:]
+    return text_part(forward, slice(height * width, height * width + prompt_tokens(forward)))
+
+
+@rule
+def before_cut_text(forward: Forward, tokens: int) -> Part:
+    """The image part of [image | text], where the model cuts the text to the longest of the batch."""
+    return Part(slice(0, tokens - forward.call["text_bth"].shape[1]))
+
+
+@rule
+def cut_text_last(forward: Forward, tokens: int) -> Part:
+    """The text part of [image | text], where the model cuts the text to the longest of the batch."""
+    length = forward.call["text_bth"].shape[1]
+    return Part(slice(tokens - length, tokens), prefix_mask(forward.call["text_lens"], length))
+
+
+@rule
+def own_text_first(forward: Forward, tokens: int) -> Part:
+    """The text part of [text | image | padding], where each sample has the text length that its mask gives."""
+    return Part(prefix_mask(forward.call["encoder_attention_mask"].sum(dim=1), tokens))
+
+
+@rule
+def after_own_text(forward: Forward, tokens: int) -> Part:
+    """The image part of [text | image | padding]; the block's attention mask is False for the padding, if there is any."""
+    image_BS = ~own_text_first(forward, tokens).tokens
+    assert forward.block is not None
+    valid_BS = forward.block["attention_mask"]
+    return Part(image_BS if valid_BS is None else image_BS & valid_BS)
+
+
+def sizes_of_grids(forward: Forward, grids: list[Any]) -> list[int]:
+    """Tokens of latents (C, F, H, W), by the patch sizes of the denoiser's call."""
+    patch, frame_patch = forward.call["patch_size"] or 2, forward.call["f_patch_size"] or 1
+    shapes = [(1, 0, 0, 0) if grid is None else grid.shape for grid in grids]
+    return [(frames // frame_patch) * (height // patch) * (width // patch) for _, frames, height, width in shapes]
+
+
+@rule
+def own_grid_first(forward: Forward, tokens: int) -> Part:
+    """The noised latents in [image | text] of each sample, both padded to whole multiples.
+
+    A reference image is to the left of the noised latents in the same grid (IC-LoRA): its columns are left out.
+    """
+    grids, patch = forward.call["x"], forward.call["patch_size"] or 2
+    part_BS = spans(forward, tokens, tuple(((0, count),) for count in sizes_of_grids(forward, grids)))
+    columns, noised_columns = grids[0].shape[-1] // patch, forward.batch["latents"].shape[-1] // patch
+    if noised_columns == columns:
+        return Part(part_BS)
+    position_S = torch.arange(tokens, device=part_BS.device)
+    return Part(part_BS & (position_S % columns >= columns - noised_columns))
+
+
+@rule
+def text_after_own_grid(forward: Forward, tokens: int) -> Part:
+    """The text part of [image | text] of each sample, both padded to whole multiples."""
+    starts = [with_padding(count) for count in sizes_of_grids(forward, forward.call["x"])]
+    texts = forward.call["cap_feats"]
+    return Part(
+        spans(forward, tokens, tuple(((start, start + len(text)),) for start, text in zip(starts, texts, strict=True)))
+    )
+
+
+@rule
+def own_texts_first(forward: Forward, tokens: int) -> Part:
+    """The texts in [texts | reference images | image | vision features] of each sample, all padded to multiples."""
+    ranges = []
+    for texts in forward.call["cap_feats"]:
+        start, sample = 0, []
+        for text in texts:
+            sample.append((start, start + len(text)))
+            start += with_padding(len(text))
+        ranges.append(tuple(sample))
+    return Part(spans(forward, tokens, tuple(ranges)))
+
+
+@rule
+def grid_after_own_references(forward: Forward, tokens: int) -> Part:
+    """The noised latents in [texts | reference images | image | vision features] of each sample, padded to multiples."""
+    ranges = []
+    sizes = sizes_of_grids(forward, forward.call["x"])
+    for size, texts, references in zip(sizes, forward.call["cap_feats"], forward.call["cond_latents"], strict=True):
+        start = sum(with_padding(len(text)) for text in texts)
+        # A missing reference is a whole multiple of padding.
+        start += sum(with_padding(count or 1) for count in sizes_of_grids(forward, references))
+        ranges.append(((start, start + size),))
+    return Part(spans(forward, tokens, tuple(ranges)))
+
+
+@rule
+def ids_first(forward: Forward, tokens: int) -> Part:
+    """The text part of [text | time token | image], padded on the left; the last image token sees all valid ones."""
+    length = forward.call["input_ids"].shape[1]
+    return Part(slice(0, length), forward.call["attention_mask"][:, -1, :length] > 0)
+
+
+@rule
+def after_ids_and_time(forward: Forward, tokens: int) -> Part:
+    """The image part of [text | time token | image]."""
+    return Part(slice(forward.call["input_ids"].shape[1] + 1, tokens))
+
+
 # <G2>
+@rule
+def valid_text(forward: Forward, tokens: int) -> Part:
+    """A text stream of its own, without its padding: for families that set padding to zero, which has no direction."""
+    part = text_part(forward, slice(0, tokens))
+    return part if part.valid_BS is None else Part(part.valid_BS)
+
+
+@rule
+def attended(forward: Forward, tokens: int) -> Part:
+    """The tokens that the denoiser's `attention_mask` keeps: the others pad the shorter samples of a batch."""
+    mask_BS = forward.call["attention_mask"]
+    if mask_BS.shape[1] != tokens:
+        raise ProbeError(
+            f"the denoiser's attention_mask is for {mask_BS.shape[1]} tokens and the hidden states have {tokens}; "
+            f"the layer probe does not know which of them are padding"
+        )
+    return Part(mask_BS > 0.5)
+
+
+@rule
+def after_time_token(forward: Forward, tokens: int) -> Part:
+    """All but the first token, which carries the time."""
+    return Part(slice(1, tokens))
+
+
+@rule
+def vision_predicted(forward: Forward, tokens: int) -> Part:
+    """The vision tokens of one sample that are predicted, not given, among those that follow its text."""
+    rows = forward.call["vision_mse_loss_indexes"] - forward.call["und_len"]
+    return Part(torch.zeros(1, tokens, dtype=torch.bool, device=rows.device).index_fill(1, rows, True))
+
+
 # <G3>
+@rule
+def noised_tokens(forward: Forward, tokens: int) -> Part:
+    """The tokens whose timestep is not 0, where the denoiser gets one for each token (clean frames have 0); else all.
+
+    A sample of which all tokens are at 0 keeps all.
+    """
+    timestep = forward.call["timestep"]
+    if timestep.ndim < 2:
+        return Part(slice(0, tokens))
+    noised_BS = timestep.reshape(timestep.shape[0], -1) > 0
+    return Part(noised_BS | ~noised_BS.any(dim=1, keepdim=True))
+
+
+@rule
+def after_condition_frames(forward: Forward, tokens: int) -> Part:
+    """The video without its first `num_cond_latents` frames, which are given clean."""
+    assert forward.block is not None
+    frames = forward.block["latent_shape"][0]
+    given = int(forward.call["num_cond_latents"] or 0)
+    return Part(slice(given * (tokens // frames), tokens))
+
+
+@rule
+def before_reference_frames(forward: Forward, tokens: int) -> Part:
+    """The video part of [video | reference image], in proportion to the sizes of their latents (B, C, T, H, W)."""
+    video = math.prod(forward.call["hidden_states"].shape[2:])
+    reference = math.prod(forward.call["image_latents"].shape[2:])
+    return Part(slice(0, tokens * video // (video + reference)))
+
+
 # <G4>
 # <G5>
 

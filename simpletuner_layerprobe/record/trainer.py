@@ -27,6 +27,7 @@ from simpletuner_layerprobe.record.noise import sigma_of
 from simpletuner_layerprobe.record.rows import Facts
 from simpletuner_layerprobe.record.seams import SEAMS, missing_seams, simpletuner_version
 from simpletuner_layerprobe.record.session import Session
+from simpletuner_layerprobe.record.tokens import positions
 from simpletuner_layerprobe.settings import ProbeSettings
 
 logger = logging.getLogger("SimpleTuner")
@@ -225,8 +226,9 @@ def start_session(trainer: Any, settings: ProbeSettings) -> Session:
             f"{refused[0]} is {getattr(config, refused[0])!r}; a probe-only run cannot work with it, "
             f"remove it from this config"
         )
-    family = families.family(config.model_family)
-    session = Session(settings, family, given.given_options())
+    if not settings.discover or families.is_known(config.model_family):
+        families.family(config.model_family)
+    session = Session(settings, given.given_options())
     changed = override(config)
     if config.seed is not None and session.recorded:
         # The loop starts from its first image again; other noise and crops make the samples new ones.
@@ -368,12 +370,13 @@ def train(original: Any, session: Session, self: Any) -> None:
         config.strict_epoch_limit = False
     versions = {name: importlib.metadata.version(name) for name in ("simpletuner", "torch", "diffusers")}
     denoiser = self.model.get_trained_component()
-    session.family = families.family(config.model_family, type(denoiser).__name__)
+    session.family = family_of(config, denoiser, session.settings)
     with (
         session.recording(
             denoiser,
             flavour=str(config.model_flavour or ""),
-            run_settings={name: _plain(getattr(config, name, None)) for name in RUN_SETTINGS},
+            run_settings={name: _plain(getattr(config, name, None)) for name in RUN_SETTINGS}
+            | {"text": session.family.text, "noise": session.family.noise},
             versions={**versions, "simpletuner-layerprobe": __version__},
         ),
         _no_backward(self, session),
@@ -384,6 +387,21 @@ def train(original: Any, session: Session, self: Any) -> None:
         if session.rank == 0:
             print(session.start_text(str(self.accelerator.device)), flush=True)
         original(self)
+
+
+def family_of(config: Any, denoiser: torch.nn.Module, settings: ProbeSettings) -> families.Family:
+    """The table's entry for this denoiser, or a guess where the user asked for one. Raises ProbeError."""
+    name = config.model_family
+    if not settings.discover or families.is_known(name):
+        return families.family(name, type(denoiser).__name__)
+    guess = families.discover(denoiser, name, lambda module: list(positions(type(module).forward)))
+    logger.warning(
+        "layerprobe: model family %r is not in the probe's table; guessed blocks: %s. Only the image stream is "
+        "recorded, and text tokens that share its sequence count as image.",
+        name,
+        ", ".join(entry.path for entry in guess.blocks),
+    )
+    return guess
 
 
 @contextmanager

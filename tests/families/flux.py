@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch import nn
 
 TEXT = 9
 IMAGE = 3 * 5
+REFERENCE = 2 * 4
 DOUBLE = [f"transformer_blocks.{i}" for i in range(2)]
 SINGLE = [f"single_transformer_blocks.{i}" for i in range(3)]
 VALID = np.array([[True] * TEXT, [True] * 4 + [False] * (TEXT - 4)])
@@ -43,17 +45,27 @@ def raw_batch(dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
+def kontext_batch(dtype: torch.dtype) -> dict[str, Any]:
+    return raw_batch(dtype) | {"conditioning_latents": torch.randn(BATCH, 16, 4, 8)}
+
+
 def tape(model: nn.Module) -> Any:
     from simpletuner.helpers.models.flux import transformer
 
     return taped_forwards(model, (transformer.FluxTransformerBlock, transformer.FluxSingleTransformerBlock))
 
 
-def reference(tape: Tape, prepared: Mapping[str, Any], model: nn.Module) -> dict[str, StreamReference]:
+def reference(
+    tape: Tape, prepared: Mapping[str, Any], model: nn.Module, references: int = 0
+) -> dict[str, StreamReference]:
+    for crossing in tape.crossings:
+        joint_text = TEXT if crossing.path in SINGLE else 0
+        assert crossing.arguments["hidden_states"].shape[1] == joint_text + IMAGE + references
+    alone = [(0, IMAGE)] * BATCH
     image = [(TEXT, TEXT + IMAGE)] * BATCH
     text = [(0, TEXT)] * BATCH
     return {
-        "image": separate(tape, DOUBLE, "hidden_states", 1) + joint(tape, SINGLE, "hidden_states", image),
+        "image": joint(tape, DOUBLE, "hidden_states", alone, result=1) + joint(tape, SINGLE, "hidden_states", image),
         "text": separate(tape, DOUBLE, "encoder_hidden_states", 0, VALID)
         + joint(tape, SINGLE, "hidden_states", text, VALID),
     }
@@ -62,12 +74,16 @@ def reference(tape: Tape, prepared: Mapping[str, Any], model: nn.Module) -> dict
 CASES = [
     Case(
         family="flux",
-        flavour="dev",
+        flavour=flavour,
         denoiser=denoiser,
-        raw_batch=raw_batch,
+        raw_batch=batch,
         tape=tape,
-        reference=reference,
+        reference=compare,
         blocks={"image": 5, "text": 5},
         sigma=lambda prepared: prepared["timesteps"] / 1000,
+    )
+    for flavour, batch, compare in (
+        ("dev", raw_batch, reference),
+        ("kontext", kontext_batch, partial(reference, references=REFERENCE)),
     )
 ]

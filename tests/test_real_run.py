@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from test_real_sd3 import assert_equal_to_reference
+
 from simpletuner_layerprobe.run.shards import Run, open_run
 
 RUN = Path("output", "tiny-probe", "layerprobe")
@@ -194,3 +196,14 @@ def test_the_off_switch_makes_the_option_unknown(simpletuner, tiny):
     assert result.code != 0
     assert "unrecognized arguments: --layerprobe" in result.log
     assert not (folder / RUN).exists()
+
+
+@pytest.mark.parametrize("precision", ["int8-quanto", "int8-torchao"])
+def test_a_quantised_base_model(simpletuner, tiny, precision):
+    folder = tiny(max_train_steps=3, base_model_precision=precision, quantize_via="cpu")
+    result = simpletuner.run(folder, "tiny-probe", setup="taps.py:tap_sd3")
+    assert result.code == 0, result.log[-4000:]
+    run = run_of(folder)
+    assert_equal_to_reference(folder, run, {"image": 6, "text": 5})
+    shapes = {module.name: module.shape for module in run.manifest.modules}
+    assert shapes["transformer_blocks.0.attn.to_q"] == (96, 96)

@@ -12,7 +12,6 @@ from typing import Any
 
 from simpletuner_layerprobe import ProbeError
 
-
 SAME_SHAPE = -1
 
 
@@ -100,11 +99,12 @@ JOINT_TEXT_IMAGE = (
     StreamSeam("text", "hidden_states", None, "text_first"),
 )
 # The same where reference images may follow the noised tokens.
-TEXT_NOISED = (StreamSeam("image", "hidden_states", 1, "noised_first"), TEXT_IMAGE[1])
-JOINT_TEXT_NOISED = (StreamSeam("image", "hidden_states", None, "noised_after_text"), JOINT_TEXT_IMAGE[1])
+TEXT_NOISED = (StreamSeam("image", "hidden_states", 1, "packed_first"), TEXT_IMAGE[1])
+JOINT_TEXT_NOISED = (StreamSeam("image", "hidden_states", None, "packed_after_prompt"), JOINT_TEXT_IMAGE[1])
 
-# The transformer blocks of a diffusers U-Net, in the order in which it runs them.
-UNET_PATHS = tuple(f"{part}.attentions.*.transformer_blocks.*" for part in ("down_blocks.*", "mid_block", "up_blocks.*"))
+# The attention layers of a diffusers U-Net in the order in which it runs them, and their transformer blocks.
+UNET_ATTENTION_PATHS = tuple(f"{part}.attentions.*" for part in ("down_blocks.*", "mid_block", "up_blocks.*"))
+UNET_PATHS = tuple(f"{path}.transformer_blocks.*" for path in UNET_ATTENTION_PATHS)
 UNET_BLOCKS = tuple(BlockList(path, (StreamSeam("image", "hidden_states"),)) for path in UNET_PATHS)
 UNET_TARGETS = tuple(Target(path, ("ff*",), ("*",)) for path in UNET_PATHS)
 
@@ -212,7 +212,79 @@ FAMILIES: tuple[Family, ...] = (
             Target("single_transformer_blocks.*", ("ff*",), ("*",)),
         ),
     ),
-    # <G1>
+    Family(
+        name="hidream",
+        blocks=(
+            BlockList(
+                "double_stream_blocks.*",
+                (
+                    StreamSeam("image", "image_tokens", 0, "unpadded_first"),
+                    StreamSeam("text", "text_tokens", 1, "kept_text"),
+                ),
+            ),
+            BlockList(
+                "single_stream_blocks.*",
+                (
+                    StreamSeam("image", "image_tokens", None, "unpadded_first"),
+                    StreamSeam("text", "image_tokens", None, "kept_text_after_image"),
+                ),
+            ),
+        ),
+        targets=(
+            Target("double_stream_blocks.*", ("block.adaLN_modulation*", "block.ff_i*", "block.ff_t*"), ("*",)),
+            Target("single_stream_blocks.*", ("block.adaLN_modulation*", "block.ff_i*"), ("*",)),
+        ),
+    ),
+    Family(
+        name="hunyuanvideo",
+        blocks=(
+            BlockList(
+                "transformer_blocks.*",
+                (
+                    StreamSeam("image", "hidden_states", 0),
+                    StreamSeam("text", "encoder_hidden_states", 1, "attended_after_embeds"),
+                ),
+            ),
+        ),
+        targets=(Target("transformer_blocks.*", ("norm1*", "ff*"), ("*",)),),
+    ),
+    Family(
+        name="mageflow",
+        blocks=(
+            BlockList(
+                "transformer_blocks.*",
+                (
+                    StreamSeam("image", "hidden_states", 1, "packed_row_noised"),
+                    StreamSeam("text", "encoder_hidden_states", 0, "packed_row_text"),
+                ),
+            ),
+        ),
+        targets=(Target("transformer_blocks.*", ("img_mod*", "txt_mod*", "img_mlp*", "txt_mlp*"), ("*",)),),
+    ),
+    Family(
+        name="boogu_image",
+        blocks=(
+            BlockList(
+                "double_stream_layers.*",
+                (
+                    StreamSeam("image", "img_hidden_states", 0, "noised_last"),
+                    StreamSeam("text", "instruct_hidden_states", 1, "own_prompt_first"),
+                ),
+            ),
+            BlockList(
+                "single_stream_layers.*",
+                (
+                    StreamSeam("image", "hidden_states", None, "noised_last_after_prompt"),
+                    StreamSeam("text", "hidden_states", None, "own_prompt_first"),
+                ),
+            ),
+        ),
+        targets=(
+            Target("double_stream_layers.*", ("img_norm*", "instruct_norm*", "*feed_forward*"), ("*",)),
+            Target("single_stream_layers.*", ("norm1*", "feed_forward*"), ("*",)),
+        ),
+        noise="flow_in_clean",
+    ),
     Family(
         name="qwen_image",
         blocks=(
@@ -221,7 +293,7 @@ FAMILIES: tuple[Family, ...] = (
                 # The edit flavours put reference images behind the noised latents.
                 (
                     StreamSeam("image", "hidden_states", 1, "packed_first"),
-                    StreamSeam("text", "encoder_hidden_states", 0, "text_alone"),
+                    StreamSeam("text", "encoder_hidden_states", 0, "prompt_alone"),
                 ),
             ),
         ),
@@ -339,7 +411,6 @@ FAMILIES: tuple[Family, ...] = (
         ),
         targets=(Target("layers.*", ("adaln_modulation*", "feed_forward*"), ("*",)),),
     ),
-    # <G2>
     Family(
         name="cosmos",
         blocks=(BlockList("transformer_blocks.*", (StreamSeam("image", "hidden_states"),)),),
@@ -405,7 +476,21 @@ FAMILIES: tuple[Family, ...] = (
         text="cross",
         forwards="per sample",
     ),
-    # <G3>
+    Family(
+        # One sequence of text, given frames, sound and noised frames. Sound tokens are not recorded.
+        name="minimaxh3",
+        blocks=(
+            BlockList(
+                "transformer_blocks.*",
+                (
+                    StreamSeam("image", "hidden_states", tokens="packed_video"),
+                    StreamSeam("text", "hidden_states", tokens="packed_text"),
+                ),
+            ),
+        ),
+        targets=(Target("transformer_blocks.*", ("adaln_proj*", "ff*"), ("*",)),),
+        noise="flow_in_clean",
+    ),
     Family(
         name="wan",
         # The text conditions the blocks by cross attention. Wan 2.2 TI2V gives the first frame clean, at timestep 0.
@@ -448,7 +533,20 @@ FAMILIES: tuple[Family, ...] = (
         targets=(Target("blocks.*", ("ffn*",), ("*",)),),
         text="cross",
     ),
-    # <G4>
+    Family(
+        name="ltxvideo2",
+        blocks=(
+            BlockList(
+                "transformer_blocks.*",
+                (
+                    StreamSeam("image", "hidden_states", 0, "noised_tokens_of_video"),
+                    StreamSeam("audio", "audio_hidden_states", 1, "tokens_of_audio"),
+                ),
+            ),
+        ),
+        targets=(Target("transformer_blocks.*", ("ff*", "audio_ff*"), ("*",)),),
+        text="cross",
+    ),
     Family(name="sd1x", blocks=UNET_BLOCKS, targets=UNET_TARGETS, noise="ddpm", text="cross"),
     Family(name="sdxl", blocks=UNET_BLOCKS, targets=UNET_TARGETS, noise="ddpm", text="cross"),
     Family(name="kolors", blocks=UNET_BLOCKS, targets=UNET_TARGETS, noise="ddpm", text="cross"),
@@ -471,11 +569,33 @@ FAMILIES: tuple[Family, ...] = (
         targets=(Target("transformer_blocks.*", ("ff*",), ("*",)),),
         text="cross",
     ),
-    # <G5>
+    # Its blocks are attention alone, on convolutional states.
+    Family(
+        name="deepfloyd",
+        blocks=tuple(
+            BlockList(path, (StreamSeam("image", "hidden_states"),), layout="BDHW") for path in UNET_ATTENTION_PATHS
+        ),
+        targets=tuple(Target(path, (), ("*",)) for path in UNET_ATTENTION_PATHS),
+        noise="ddpm",
+        text="cross",
+    ),
+    # Residual (convolution), timestep and attention blocks take turns in its lists.
+    Family(
+        name="stable_cascade",
+        blocks=tuple(
+            BlockList(path, (StreamSeam("image", "x"),), layout="BDHW", only=("SDCascadeAttnBlock",))
+            for path in ("down_blocks.*.*", "up_blocks.*.*")
+        ),
+        targets=tuple(Target(path, (), ("*",)) for path in ("down_blocks.*.*", "up_blocks.*.*")),
+        noise="ddpm",
+        text="cross",
+    ),
 )
 
 # Families that cannot be probed, and why.
-REFUSED: dict[str, str] = {}
+REFUSED: dict[str, str] = {
+    "heartmula": "it predicts tokens one after the other and has no noise level, so there is no sigma to sort by",
+}
 
 
 def family(name: str, denoiser: str = "") -> Family:
@@ -576,9 +696,9 @@ def discover(denoiser: Any, name: str, parameters_of: Callable[[Any], Sequence[s
     """A guess at the entry of a family that the table does not have: behind `layerprobe_discover` only.
 
     The blocks are the lists (`ModuleList`s at any depth, not inside another block) of two or more modules of one class
-    whose forward has a parameter of IMAGE_PARAMETERS. Only that stream is recorded: a text stream is not looked for, and
-    the text of a joint sequence counts as image. parameters_of: the parameter names of a module's forward. Raises
-    ProbeError if nothing fits.
+    whose forward has a parameter of IMAGE_PARAMETERS. Only that stream is recorded: a text stream is not looked for,
+    and the text of a joint sequence counts as image. parameters_of: the parameter names of a module's forward.
+    Raises ProbeError if nothing fits.
     """
     found: list[BlockList] = []
     for path, module in denoiser.named_modules():

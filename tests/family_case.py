@@ -112,7 +112,8 @@ class Case:
     as the collate function returns it. tape(denoiser): the context that tapes the blocks. reference(tape, prepared,
     denoiser): stream -> StreamReference. blocks: the expected number of blocks of each stream. sigma(prepared): the
     expected sigma of each sample, by the family's own formula written out again. drawn_as(sigmas): what prescribed
-    sigmas become in a family that cannot take each (DDPM has whole steps).
+    sigmas become in a family that cannot take each (DDPM has whole steps). absent: stream -> samples of the batch that
+    do not have it; their readings must be NaN.
     """
 
     family: str
@@ -126,10 +127,11 @@ class Case:
     sigma: Callable[[Mapping[str, Any]], Any] | None = None
     prepare_model: Callable[[Any], None] = lambda model: None
     drawn_as: Callable[[torch.Tensor], torch.Tensor] = lambda sigma_B: sigma_B
+    absent: Mapping[str, Sequence[int]] = field(default_factory=dict)
     label: str = ""
     scheduler: Mapping[str, Any] = field(default_factory=lambda: FLOW_SCHEDULER)
-    # Repositories of which the model class loads the scheduler by name, whatever the options say: they become folders of
-    # that name in the working directory, which diffusers takes first.
+    # Repositories of which the model class loads the scheduler by name, whatever the options say: they become folders
+    # of that name in the working directory, which diffusers takes first.
     scheduler_repositories: Sequence[str] = ()
 
 
@@ -259,7 +261,7 @@ def run_case(case: Case, dtype: torch.dtype, checkpointing: bool = False) -> Out
         sigma_deviation = float((sigma_B - expected).abs().max())
         before = {name: value.clone() for name, value in denoiser.state_dict().items() if torch.is_tensor(value)}
         with Observer(denoiser, entry) as observer, case.tape(denoiser) as tape:
-            observer.begin(prepared, text_mask(prepared))
+            observer.begin(prepared, text_mask(prepared, BATCH))
             model.model_predict(prepared)
             found = observer.finish()
         after = denoiser.state_dict()
@@ -269,14 +271,16 @@ def run_case(case: Case, dtype: torch.dtype, checkpointing: bool = False) -> Out
     assert set(reference) == set(observer.streams), f"streams {set(observer.streams)}"
     deviation = {}
     for stream, blocks in reference.items():
-        assert tuple(path for path, _ in blocks) == observer.streams[stream], "the blocks are not those of the reference"
+        assert tuple(path for path, _ in blocks) == observer.streams[stream], "not the blocks of the reference"
+        present = [b for b in range(BATCH) if b not in case.absent.get(stream, ())]
         last_BL = np.array([[samples[b][0][-1] for _, samples in blocks] for b in range(BATCH)])
         mean_BL = np.array([[_mean(*samples[b]) for _, samples in blocks] for b in range(BATCH)])
         for reading, expected_BL in (("last", last_BL), ("mean", mean_BL)):
             values = found[stream, reading].double().numpy()
             assert values.shape == expected_BL.shape, f"{stream}.{reading}: {values.shape}, not {expected_BL.shape}"
-            assert np.isfinite(expected_BL).all() and (mean_BL > 0).all(), "the reference itself is degenerate"
-            deviation[f"{stream}.{reading}"] = float(np.abs(values - expected_BL).max())
+            assert np.isfinite(expected_BL).all() and (mean_BL > 0)[present].all(), "the reference itself is degenerate"
+            assert np.isnan(np.delete(values, present, axis=0)).all(), f"{stream}.{reading} of an absent sample"
+            deviation[f"{stream}.{reading}"] = float(np.abs(values - expected_BL)[present].max(initial=0))
     adapted, wrong, unmatched = prove_targets(denoiser, entry, observer.streams)
     return Outcome(
         family=case.family,
@@ -313,6 +317,14 @@ def randomised(model: nn.Module, deviation: float = 0.1) -> nn.Module:
         for parameter in model.parameters():
             parameter.normal_(0, deviation)
     return model
+
+
+def noise_share(prepared: Mapping[str, Any], frames: slice = slice(None)) -> torch.Tensor:
+    """The sigma of each sample as the noised latents show it: noisy = (1 - sigma) * latents + sigma * noise."""
+    noisy, latents, noise = (
+        prepared[name].double()[:, :, frames].flatten(1) for name in ("noisy_latents", "latents", "noise")
+    )
+    return (((noisy - latents) * (noise - latents)).sum(1) / (noise - latents).square().sum(1)).float()
 
 
 def _mean(token_angles: np.ndarray, valid: np.ndarray | None) -> float:

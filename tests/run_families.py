@@ -24,15 +24,15 @@ RUNS = (("float32", False), ("bfloat16", False), ("float32", True))
 
 def main(names: list[str]) -> int:
     sys.path.insert(0, str(TESTS))
-    import torch
-
     import simpletuner.helpers.training.trainer  # noqa: F401
+    import torch
 
     torch.set_num_threads(1)
     if not names:
-        from simpletuner.helpers.models.all import ModelRegistry
+        from simpletuner.helpers.configuration.cmd_args import get_argument_parser
 
-        print(json.dumps({"registry": sorted(ModelRegistry.model_families())}))
+        option = next(one for one in get_argument_parser()._actions if one.dest == "model_family")
+        print(json.dumps({"registry": sorted(option.choices)}))
     known = sorted(path.stem for path in (TESTS / "families").glob("*.py") if path.stem != "__init__")
     failed = False
     for name in names or known:

@@ -1,6 +1,6 @@
 """The support table of the README, made from the family tests' own results.
 
-    python tools/families_table.py       runs the tests' cases and rewrites the table in README.md
+python tools/families_table.py       runs the tests' cases and rewrites the table in README.md
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 START, END = "<!-- families: made by `make families` -->", "<!-- /families -->"
-HEAD = "| family | denoiser | blocks | streams | deviation | sigmas | LoKr modules |\n| --- | --- | --- | --- | --- | --- | --- |\n"
+HEAD = "| family | denoiser | blocks | streams | deviation | sigmas | LoKr modules |\n" + "| --- " * 7 + "|\n"
 
 
 def run() -> list[dict]:
     """The lines of tests/run_families.py."""
     command = [sys.executable, str(ROOT / "tests" / "run_families.py")]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     if not any("registry" in line for line in lines):
         raise SystemExit(done.stderr[-4000:])

@@ -92,7 +92,7 @@ def step_level(model: Any, batch: Mapping[str, Any]) -> torch.Tensor:
 
 @contextmanager
 def _drawn_steps(model: Any, draw: Draw) -> Iterator[None]:
-    """For families that draw whole DDPM steps: sigma in [k/T, (k+1)/T) is step k, so that uniform is uniform over steps.
+    """For families that draw whole DDPM steps: sigma in [k/T, (k+1)/T) is step k, so uniform is uniform over steps.
 
     `prepare_batch` draws the steps in more than one way, and then passes them to `noise_schedule.add_noise` as the
     tensor that stays in the batch: there they are replaced.
@@ -138,8 +138,10 @@ def _sampled_twice_clean_ward(model: Any, draw: Draw) -> Iterator[None]:
 
 @contextmanager
 def _drawn_clean_ward(model: Any, draw: Draw) -> Iterator[None]:
-    """For families whose `prepare_batch` draws t = 1 - sigma itself, but asks the user's own distribution if there is one:
-    there is one, for the time being."""
+    """For families whose `prepare_batch` draws t = 1 - sigma itself, from the user's own distribution if there is one.
+
+    For the time being there is one.
+    """
     model._uses_flow_cubic_schedule = lambda: True
     model._sample_flow_cubic_values = lambda count, device: 1.0 - draw(count)
     try:
@@ -151,30 +153,27 @@ def _drawn_clean_ward(model: Any, draw: Draw) -> Iterator[None]:
 RULES: dict[str, NoiseRule] = {
     # sigmas are noise-ward, timesteps are 1000 * sigma: SimpleTuner's common flow matching.
     "flow": NoiseRule(lambda model, batch: batch["sigmas"], _sampled(lambda sigma_B: sigma_B * 1000.0)),
-    # chroma/model.py `_apply_chroma_flow_schedule`: as "flow", but the sampled sigmas are mapped to s^2 below 0.5 and to
-    # 1 - (1 - s)^2 above, which leaves out 0.25 to 0.75, and the latents are mixed again; the batch has the mapped ones.
+    # chroma (chroma/model.py, _apply_chroma_flow_schedule): as "flow", but a sampled s becomes s^2 below 0.5 and
+    # 1 - (1 - s)^2 above, so none is between 0.25 and 0.75, and the latents are mixed again; the batch has the new
+    # sigmas, in the latents' dtype.
     "flow_mapped": NoiseRule(
         lambda model, batch: batch["sigmas"],
         _sampled_unchanged(lambda sigma_B: sigma_B * 1000.0, "_adjust_chroma_sigmas"),
     ),
-    # <G1>
-    # omnigen (omnigen/model.py, sample_flow_sigmas and prepare_batch_conditions): latents * t + noise * (1 - t), and both
-    # `timesteps` and `sigmas` are t.
+    # omnigen (omnigen/model.py, sample_flow_sigmas and prepare_batch_conditions): t * latents + (1 - t) * noise, and
+    # `timesteps` and `sigmas` are both t.
     "flow_clean_ward": NoiseRule(lambda model, batch: 1 - batch["timesteps"], _sampled_twice_clean_ward),
-    # <G2>
-    # cosmos (cosmos/model.py, prepare_batch): latents + sigma_edm * noise, sigma_edm in [0.002, 80]. After the model's own
-    # scaling by 1 / (sigma_edm + 1) that is (1 - sigma) * latents + sigma * noise with this sigma.
+    # cosmos (cosmos/model.py, prepare_batch): latents + sigma_edm * noise, sigma_edm in [0.002, 80]. After the model's
+    # own scaling by 1 / (sigma_edm + 1) that is (1 - sigma) * latents + sigma * noise with this sigma.
     "edm": NoiseRule(lambda model, batch: 1 - 1 / (1 + batch["sigmas"].float()), _drawn_edm_sigmas),
     # anima (anima/model.py, sample_flow_sigmas): noise-ward sigmas, and the timesteps are the sigmas.
     "flow_in_sigmas": NoiseRule(lambda model, batch: batch["sigmas"], _sampled(lambda sigma_B: sigma_B)),
-    # minimaxmusic and minimaxh3 (model.py, sample_flow_sigmas): noise-ward sigmas, and the timesteps are 1 - sigma.
+    # boogu_image, minimaxmusic and minimaxh3 (model.py, sample_flow_sigmas): noise-ward sigmas, and the timesteps are
+    # 1 - sigma.
     "flow_in_clean": NoiseRule(lambda model, batch: batch["sigmas"], _sampled(lambda sigma_B: 1.0 - sigma_B)),
-    # cosmos3 (cosmos3/model.py, prepare_batch): t * latents + (1 - t) * noise, `sigmas` are t and the timesteps 1000 * t.
+    # cosmos3 (cosmos3/model.py, prepare_batch): t * latents + (1 - t) * noise, `sigmas` are t and the timesteps 1000 t.
     "flow_in_clean_steps": NoiseRule(lambda model, batch: 1 - batch["timesteps"].float() / 1000, _drawn_clean_ward),
-    # <G3>
-    # <G4>
-    # common.py, prepare_batch: whole steps 0 (clean) to T - 1 of a DDPM schedule. pixart, sd1x, sdxl and kolors change to
-    # common flow matching, with sigmas, where the user's prediction_type is a flow.
+    # common.py, prepare_batch: whole steps 0 (clean) to T - 1 of a DDPM schedule. pixart, sd1x, sdxl and kolors change
+    # to common flow matching, with sigmas, where the user's prediction_type is a flow.
     "ddpm": NoiseRule(step_level, _drawn_steps),
-    # <G5>
 }

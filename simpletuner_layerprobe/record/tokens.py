@@ -126,23 +126,6 @@ def text_part(forward: Forward, part: slice) -> Part:
     return Part(part, mask_BS)
 
 
-def packed_length(forward: Forward) -> int:
-    """How many tokens the noised latents fill, packed as the denoiser gets them (B, S, D)."""
-    return forward.batch["noisy_latents"][0].numel() // forward.call["hidden_states"].shape[-1]
-
-
-@rule
-def noised_first(forward: Forward, tokens: int) -> Part:
-    """The noised part of an image stream [noised | references] of its own."""
-    return Part(slice(0, packed_length(forward)))
-
-
-@rule
-def noised_after_text(forward: Forward, tokens: int) -> Part:
-    """The noised part of [text | noised | references]."""
-    return Part(slice(forward.lengths["text"], forward.lengths["text"] + packed_length(forward)))
-
-
 @rule
 def image_after_text(forward: Forward, tokens: int) -> Part:
     """The image part of [text | image | references], as long as the image stream was in its last block of its own."""
@@ -161,7 +144,103 @@ def caption_before_image(forward: Forward, tokens: int) -> Part:
     return caption_last(forward, forward.lengths["text"])
 
 
-# <G1>
+@rule
+def unpadded_first(forward: Forward, tokens: int) -> Part:
+    """The image part of [image | ...], without the padding that the block's `image_tokens_masks` has as 0, if any."""
+    assert forward.block is not None
+    length = forward.lengths["image"]
+    mask_BS = forward.block["image_tokens_masks"]
+    if mask_BS is None:
+        return Part(slice(0, length))
+    return Part((mask_BS > 0.5) & (torch.arange(tokens, device=mask_BS.device) < length))
+
+
+@rule
+def kept_text(forward: Forward, tokens: int) -> Part:
+    """The text that is carried on in [text | text of this block alone]."""
+    return Part(slice(0, tokens - passing_tokens(forward)))
+
+
+@rule
+def kept_text_after_image(forward: Forward, tokens: int) -> Part:
+    """The text that is carried on in [image | text | text of this block alone]."""
+    return Part(slice(forward.lengths["image"], tokens - passing_tokens(forward)))
+
+
+def passing_tokens(forward: Forward) -> int:
+    """How many text tokens each block gets for itself alone: one layer of the Llama states."""
+    return forward.call["llama_hidden_states"].shape[-2]
+
+
+@rule
+def attended_after_embeds(forward: Forward, tokens: int) -> Part:
+    """The text in [image embeddings | text | padding]: what the block attends to after them, if they are not all 0."""
+    assert forward.block is not None
+    if "start of text" not in forward.notes:
+        embeds_BSD = forward.call["image_embeds"]
+        forward.notes["start of text"] = (embeds_BSD != 0).any() * embeds_BSD.shape[1]
+    start = forward.notes["start of text"]
+    return Part(forward.block["attention_mask"] & (torch.arange(tokens, device=start.device) >= start))
+
+
+@rule
+def packed_row_text(forward: Forward, tokens: int) -> Part:
+    """The texts of all samples one after the other in one row, without padding."""
+    ends = forward.call["txt_cu_seqlens"]
+    return Part(between(ends[:-1], ends[1:], tokens))
+
+
+@rule
+def packed_row_noised(forward: Forward, tokens: int) -> Part:
+    """[noised latents | references] of all samples one after the other in one row."""
+    starts_B = forward.call["img_cu_seqlens"][:-1]
+    count = forward.batch["noisy_latents"][0].numel() // forward.call["img"].shape[-1]
+    return Part(between(starts_B, starts_B + count, tokens))
+
+
+@rule
+def own_prompt_first(forward: Forward, tokens: int) -> Part:
+    """The text in [text | ...] of each sample, as long as its text mask says."""
+    return Part(prefix_mask(own_prompt_lengths(forward), tokens))
+
+
+@rule
+def noised_last(forward: Forward, tokens: int) -> Part:
+    """The noised latents in [references | noised latents | padding] of each sample."""
+    assert forward.block is not None
+    ends_B = forward.block["img_attention_mask"].sum(dim=1)
+    return Part(between(ends_B - noised_lengths(forward, ends_B), ends_B, tokens))
+
+
+@rule
+def noised_last_after_prompt(forward: Forward, tokens: int) -> Part:
+    """The noised latents in [text | references | noised latents | padding] of each sample."""
+    assert forward.block is not None
+    ends_B = forward.block["attention_mask"].sum(dim=1)
+    return Part(between(ends_B - noised_lengths(forward, ends_B - own_prompt_lengths(forward)), ends_B, tokens))
+
+
+def between(starts_B: torch.Tensor, ends_B: torch.Tensor, tokens: int) -> torch.Tensor:
+    """(B, tokens) bool, True from start to end of each sample."""
+    position_S = torch.arange(tokens, device=starts_B.device)
+    return (position_S >= starts_B.unsqueeze(1)) & (position_S < ends_B.unsqueeze(1))
+
+
+def own_prompt_lengths(forward: Forward) -> torch.Tensor:
+    """(B,) valid text tokens of each sample, by the mask of the denoiser's call."""
+    return forward.call["instruction_attention_mask"].sum(dim=1)
+
+
+def noised_lengths(forward: Forward, lengths_B: torch.Tensor) -> torch.Tensor:
+    """(B,) how many of a sample's image tokens, references included, are of its noised latents: its share of area."""
+    area = math.prod(forward.batch["noisy_latents"].shape[-2:])
+    references = forward.call["ref_image_hidden_states"] or [None] * len(lengths_B)
+    others = [sum(math.prod(one.shape[-2:]) for one in images or ()) for images in references]
+    return torch.stack(
+        [length * area // (area + other) for length, other in zip(lengths_B.unbind(), others, strict=True)]
+    )
+
+
 def packed_tokens(forward: Forward) -> int:
     """How many tokens one sample's noised latents make, where the model packs them before the denoiser's call."""
     latents = forward.batch["latents"]
@@ -171,6 +250,18 @@ def packed_tokens(forward: Forward) -> int:
 def prompt_tokens(forward: Forward) -> int:
     """How many tokens the batch's prompt embeddings have, padding included."""
     return forward.batch["encoder_hidden_states"].shape[1]
+
+
+def unpadded(forward: Forward, tokens: int, part: slice) -> Part:
+    """The text in these tokens without its padding.
+
+    How much padding a sample has depends on the others of its batch, and where it is zero before the first block it has
+    no direction.
+    """
+    valid_BS = text_part(forward, part).valid_BS
+    if valid_BS is None:
+        return Part(part)
+    return Part(torch.nn.functional.pad(valid_BS, (part.start, tokens - part.stop)))
 
 
 def spans(forward: Forward, tokens: int, ranges: tuple[tuple[tuple[int, int], ...], ...]) -> torch.Tensor:
@@ -194,6 +285,12 @@ def with_padding(count: int, multiple: int = 32) -> int:
 
 
 @rule
+def prompt_alone(forward: Forward, tokens: int) -> Part:
+    """A text stream of its own without its padding."""
+    return unpadded(forward, tokens, slice(0, tokens))
+
+
+@rule
 def packed_first(forward: Forward, tokens: int) -> Part:
     """The noised latents in [image | reference images], packed by the model."""
     return Part(slice(0, packed_tokens(forward)))
@@ -214,8 +311,8 @@ def after_prompt(forward: Forward, tokens: int) -> Part:
 
 @rule
 def prompt_first(forward: Forward, tokens: int) -> Part:
-    """The text part of [text | image ...], where the text is as long as the batch's prompt embeddings."""
-    return text_part(forward, slice(0, prompt_tokens(forward)))
+    """The text part of [text | image ...] without its padding; with it, it is as long as the prompt embeddings."""
+    return unpadded(forward, tokens, slice(0, prompt_tokens(forward)))
 
 
 @rule
@@ -227,9 +324,9 @@ def grid_first(forward: Forward, tokens: int) -> Part:
 
 @rule
 def prompt_after_grid(forward: Forward, tokens: int) -> Part:
-    """The text part of [image | text | reference images], where each place of the latents is a token."""
+    """The text part of [image | text | reference images] without its padding; each place of the latents is a token."""
     height, width = forward.call["hidden_states"].shape[-2:]
-    return text_part(forward, slice(height * width, height * width + prompt_tokens(forward)))
+    return unpadded(forward, tokens, slice(height * width, height * width + prompt_tokens(forward)))
 
 
 @rule
@@ -240,21 +337,30 @@ def before_cut_text(forward: Forward, tokens: int) -> Part:
 
 @rule
 def cut_text_last(forward: Forward, tokens: int) -> Part:
-    """The text part of [image | text], where the model cuts the text to the longest of the batch."""
+    """The text part of [image | text], where the model cuts the text to the longest of the batch.
+
+    Its padding is zero before the first block and has no direction: it does not belong to the part.
+    """
     length = forward.call["text_bth"].shape[1]
-    return Part(slice(tokens - length, tokens), prefix_mask(forward.call["text_lens"], length))
+    text_BT = prefix_mask(forward.call["text_lens"], length)
+    return Part(torch.nn.functional.pad(text_BT, (tokens - length, 0)))
+
+
+def own_text_mask(forward: Forward, tokens: int) -> torch.Tensor:
+    """(B, tokens) bool, True for as many tokens as the mask in the denoiser's call gives each sample."""
+    return prefix_mask(forward.call["encoder_attention_mask"].sum(dim=1), tokens)
 
 
 @rule
 def own_text_first(forward: Forward, tokens: int) -> Part:
     """The text part of [text | image | padding], where each sample has the text length that its mask gives."""
-    return Part(prefix_mask(forward.call["encoder_attention_mask"].sum(dim=1), tokens))
+    return Part(own_text_mask(forward, tokens))
 
 
 @rule
 def after_own_text(forward: Forward, tokens: int) -> Part:
-    """The image part of [text | image | padding]; the block's attention mask is False for the padding, if there is any."""
-    image_BS = ~own_text_first(forward, tokens).tokens
+    """The image part of [text | image | padding]; if there is padding, the block's attention mask is False for it."""
+    image_BS = ~own_text_mask(forward, tokens)
     assert forward.block is not None
     valid_BS = forward.block["attention_mask"]
     return Part(image_BS if valid_BS is None else image_BS & valid_BS)
@@ -307,7 +413,7 @@ def own_texts_first(forward: Forward, tokens: int) -> Part:
 
 @rule
 def grid_after_own_references(forward: Forward, tokens: int) -> Part:
-    """The noised latents in [texts | reference images | image | vision features] of each sample, padded to multiples."""
+    """The noised latents in [texts | reference images | image | vision features] of each sample, all padded."""
     ranges = []
     sizes = sizes_of_grids(forward, forward.call["x"])
     for size, texts, references in zip(sizes, forward.call["cap_feats"], forward.call["cond_latents"], strict=True):
@@ -331,7 +437,6 @@ def after_ids_and_time(forward: Forward, tokens: int) -> Part:
     return Part(slice(forward.call["input_ids"].shape[1] + 1, tokens))
 
 
-# <G2>
 @rule
 def valid_text(forward: Forward, tokens: int) -> Part:
     """A text stream of its own, without its padding: for families that set padding to zero, which has no direction."""
@@ -364,7 +469,25 @@ def vision_predicted(forward: Forward, tokens: int) -> Part:
     return Part(torch.zeros(1, tokens, dtype=torch.bool, device=rows.device).index_fill(1, rows, True))
 
 
-# <G3>
+@rule
+def packed_video(forward: Forward, tokens: int) -> Part:
+    """The noised video tokens of a packed sequence: their rows are in `video_indices`, after those of given frames.
+
+    None in a sample that is audio alone, for which SimpleTuner makes an empty video.
+    """
+    rows = forward.call["video_indices"][forward.call["num_condition_video_rows"] or 0 :]
+    mask_BS = torch.zeros(len(forward.call["hidden_states"]), tokens, dtype=torch.bool, device=rows.device)
+    return in_samples(Part(mask_BS.index_fill(1, rows, True)), tokens, forward.batch.get("video_latent_mask"))
+
+
+@rule
+def packed_text(forward: Forward, tokens: int) -> Part:
+    """The caption's tokens of a packed sequence: tagged 1 in `token_tags`; 0 is video, also in a prompt, 2 is audio."""
+    text_BS = (forward.call["token_tags"] == 1).expand(len(forward.call["hidden_states"]), tokens)
+    valid_BS = forward.call["packed_valid_mask"]
+    return Part(text_BS if valid_BS is None else text_BS & valid_BS)
+
+
 @rule
 def noised_tokens(forward: Forward, tokens: int) -> Part:
     """The tokens whose timestep is not 0, where the denoiser gets one for each token (clean frames have 0); else all.
@@ -395,8 +518,27 @@ def before_reference_frames(forward: Forward, tokens: int) -> Part:
     return Part(slice(0, tokens * video // (video + reference)))
 
 
-# <G4>
-# <G5>
+@rule
+def noised_tokens_of_video(forward: Forward, tokens: int) -> Part:
+    """The noised tokens; none in a sample that is audio alone, for which SimpleTuner makes an empty video."""
+    return in_samples(noised_tokens(forward, tokens), tokens, forward.batch.get("video_latent_mask"))
+
+
+@rule
+def tokens_of_audio(forward: Forward, tokens: int) -> Part:
+    """All tokens; none in a sample without audio, for which SimpleTuner makes an empty one."""
+    return in_samples(Part(slice(0, tokens)), tokens, forward.batch.get("audio_latent_mask"))
+
+
+def in_samples(part: Part, tokens: int, present_B: torch.Tensor | None) -> Part:
+    """This part in the samples whose `present_B` is above 0, and no token in the others; None: in all samples."""
+    if present_B is None:
+        return part
+    mask_BS = part.tokens
+    if isinstance(mask_BS, slice):
+        position_S = torch.arange(tokens, device=present_B.device)
+        mask_BS = (position_S >= mask_BS.start) & (position_S < mask_BS.stop)
+    return Part(mask_BS & (present_B.to(mask_BS.device, non_blocking=True) > 0).unsqueeze(1))
 
 
 # How a state's dimensions become (B, S, D).
@@ -409,7 +551,10 @@ LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def readings(angles_BS: torch.Tensor, part: Part) -> dict[str, torch.Tensor]:
-    """The readings of one stream from the angles of all tokens of a state: "last" and "mean" -> (B,) float32."""
+    """The readings of one stream from the angles of all tokens of a state: "last" and "mean" -> (B,) float32.
+
+    NaN for a sample of which the mask has no token.
+    """
     tokens = part.tokens
     if isinstance(tokens, slice):
         angles_BS = angles_BS[:, tokens]
@@ -417,4 +562,5 @@ def readings(angles_BS: torch.Tensor, part: Part) -> dict[str, torch.Tensor]:
     angles_BS = angles_BS.expand(tokens.shape)
     position_S = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
     last_B1 = (tokens * position_S).argmax(dim=1, keepdim=True)
-    return {"last": angles_BS.gather(1, last_B1).squeeze(1), "mean": mean_token(angles_BS, tokens)}
+    last_B = angles_BS.gather(1, last_B1).squeeze(1).masked_fill(~tokens.any(dim=1), math.nan)
+    return {"last": last_B, "mean": mean_token(angles_BS, tokens)}

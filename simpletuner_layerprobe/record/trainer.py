@@ -69,6 +69,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "xm_enabled": False,
         "nextlat_enabled": False,
         "self_transcendence_enabled": False,
+        "minimax_h3_reference_mode": "vanilla",
     },
     "no checkpoints": {
         "checkpoint_step_interval": None,
@@ -324,7 +325,8 @@ def _compute_model_prediction_loss(original: Any, session: Session, self: Any, p
         return original(self, prepared_batch)
     sigma_B = sigma_of(NOISE_RULES[session.family.noise], self.model, prepared_batch)
     text_tokens = text_length(prepared_batch)
-    session.arm(prepared_batch, sigma_B, text_mask(prepared_batch), sample_facts(prepared_batch, len(sigma_B)))
+    count = len(sigma_B)
+    session.arm(prepared_batch, sigma_B, text_mask(prepared_batch, count), sample_facts(prepared_batch, count))
     with torch.no_grad():
         result = original(self, prepared_batch)
     session.commit(loss=result[2], text_tokens=text_tokens)
@@ -370,7 +372,7 @@ def train(original: Any, session: Session, self: Any) -> None:
         config.strict_epoch_limit = False
     versions = {name: importlib.metadata.version(name) for name in ("simpletuner", "torch", "diffusers")}
     denoiser = self.model.get_trained_component()
-    session.family = family_of(config, denoiser, session.settings)
+    session.family = family_of(config, denoiser, session)
     with (
         session.recording(
             denoiser,
@@ -389,18 +391,19 @@ def train(original: Any, session: Session, self: Any) -> None:
         original(self)
 
 
-def family_of(config: Any, denoiser: torch.nn.Module, settings: ProbeSettings) -> families.Family:
+def family_of(config: Any, denoiser: torch.nn.Module, session: Session) -> families.Family:
     """The table's entry for this denoiser, or a guess where the user asked for one. Raises ProbeError."""
     name = config.model_family
-    if not settings.discover or families.is_known(name):
+    if not session.settings.discover or families.is_known(name):
         return families.family(name, type(denoiser).__name__)
     guess = families.discover(denoiser, name, lambda module: list(positions(type(module).forward)))
-    logger.warning(
-        "layerprobe: model family %r is not in the probe's table; guessed blocks: %s. Only the image stream is "
-        "recorded, and text tokens that share its sequence count as image.",
-        name,
-        ", ".join(entry.path for entry in guess.blocks),
-    )
+    if session.rank == 0:
+        print(
+            f"layerprobe: warning: model family {name!r} is not in the probe's table; guessed blocks: "
+            f"{', '.join(entry.path for entry in guess.blocks)}. Only the image stream is recorded, and text tokens "
+            f"that share its sequence count as image",
+            flush=True,
+        )
     return guess
 
 
@@ -474,10 +477,10 @@ def _probe_sigmas(self: Any, session: Session) -> Iterator[None]:
         yield
 
 
-def text_mask(prepared_batch: dict) -> torch.Tensor | None:
-    """True for the valid text tokens, (B, S); None if the batch has no mask."""
+def text_mask(prepared_batch: dict, count: int) -> torch.Tensor | None:
+    """True for the valid text tokens, (B, S); None if the batch has no mask with a row for each of `count` samples."""
     mask: Any = prepared_batch.get("encoder_attention_mask")
-    if not torch.is_tensor(mask):
+    if not torch.is_tensor(mask) or mask.shape[0] != count:
         return None
     return mask.reshape(mask.shape[0], -1) > 0.5
 
@@ -485,7 +488,7 @@ def text_mask(prepared_batch: dict) -> torch.Tensor | None:
 def text_length(prepared_batch: dict) -> int:
     """Number of text tokens of the batch, padding included; -1 if it has no text."""
     text: Any = prepared_batch.get("encoder_hidden_states")
-    return int(text.shape[1]) if torch.is_tensor(text) else -1
+    return int(text.shape[1]) if torch.is_tensor(text) and text.dim() > 1 else -1
 
 
 def sample_facts(prepared_batch: dict, count: int) -> Facts:

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from family_case import BATCH, Case, StreamReference, Tape, angles
+from family_case import BATCH, Case, StreamReference, Tape, angles, noise_share
 from torch import nn
 
 BLOCKS = [f"layers.{i}" for i in range(3)]
@@ -79,7 +79,7 @@ def prepare_model(model: Any) -> None:
 
 @contextmanager
 def tape(model: nn.Module) -> Iterator[Tape]:
-    """The states before each block are what its first norm gets; the state after the last is what the last norm gets."""
+    """The state before each block is what its first norm gets, the state after the last what the last norm gets."""
     result = Tape()
     result.states = []  # type: ignore[attr-defined]
     norms = [*(layer.input_layernorm_moe_gen for layer in model.layers), model.norm_moe_gen]
@@ -113,9 +113,10 @@ def reference(
 
 
 def sigma(prepared: Mapping[str, Any]) -> torch.Tensor:
-    """From the noised latents themselves (of the last frame, which is never given)."""
-    noisy, latents, noise = (prepared[name][:, :, -1].double().flatten(1) for name in ("noisy_latents", "latents", "noise"))
-    return (((noisy - latents) * (noise - latents)).sum(1) / (noise - latents).square().sum(1)).float()
+    sigma_B = 1 - prepared["timesteps"] / 1000
+    # The last frame is never given.
+    torch.testing.assert_close(noise_share(prepared, slice(-1, None)), sigma_B, rtol=0, atol=1e-3)
+    return sigma_B
 
 
 CASES = [

@@ -3,7 +3,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from family_case import BATCH, Case, StreamReference, Tape, angles, randomised, taped_forwards
 from torch import nn
@@ -11,6 +10,7 @@ from torch import nn
 TEXT = 13
 # SimpleTuner cuts the text to the longest of the batch.
 VALID = [4, 9]
+MASK = torch.tensor([[1.0] * count + [0.0] * (TEXT - count) for count in VALID])
 LONGEST = 9
 IMAGE = 3 * 5
 PATHS = [f"layers.{i}" for i in range(3)]
@@ -37,8 +37,8 @@ def denoiser() -> nn.Module:
 def raw_batch(dtype: torch.dtype) -> dict[str, Any]:
     return {
         "latent_batch": torch.randn(BATCH, 128, 3, 5),
-        "prompt_embeds": torch.randn(BATCH, TEXT, 20),
-        "encoder_attention_mask": torch.tensor([[1.0] * count + [0.0] * (TEXT - count) for count in VALID]),
+        "prompt_embeds": torch.randn(BATCH, TEXT, 20) * MASK[..., None],
+        "encoder_attention_mask": MASK,
         "data_backend_id": "photographs",
         "prompts": ["a", "b"],
     }
@@ -51,14 +51,14 @@ def tape(model: nn.Module) -> Any:
 
 
 def reference(tape: Tape, prepared: Mapping[str, Any], model: nn.Module) -> dict[str, StreamReference]:
-    """The states are (S, B, D): [image | text]."""
+    """The states are (S, B, D): [image | text | padding]."""
     streams: dict[str, StreamReference] = {"image": [], "text": []}
     for path in PATHS:
         (crossing,) = tape.of(path)
         angle_SB = angles(crossing.arguments["x"], crossing.output)
         assert angle_SB.shape == (IMAGE + LONGEST, BATCH)
         streams["image"].append((path, [(angle_SB[:IMAGE, b], None) for b in range(BATCH)]))
-        streams["text"].append((path, [(angle_SB[IMAGE:, b], np.arange(LONGEST) < VALID[b]) for b in range(BATCH)]))
+        streams["text"].append((path, [(angle_SB[IMAGE : IMAGE + VALID[b], b], None) for b in range(BATCH)]))
     return streams
 
 

@@ -48,7 +48,7 @@ def raw_batch(dtype: torch.dtype) -> dict[str, Any]:
 def batch_with_references(dtype: torch.dtype) -> dict[str, Any]:
     return raw_batch(dtype) | {
         "latent_batch": torch.randn(BATCH, 128, 3, 5),
-        "conditioning_latents": torch.randn(BATCH, 128, 2, 4),
+        "conditioning_latents": [torch.randn(BATCH, 128, 2, 4)],
     }
 
 

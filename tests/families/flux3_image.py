@@ -47,7 +47,7 @@ def raw_batch(dtype: torch.dtype) -> dict[str, Any]:
 
 
 def batch_with_references(dtype: torch.dtype) -> dict[str, Any]:
-    return raw_batch(dtype) | {"conditioning_latents": torch.randn(BATCH, 128, 2, 4)}
+    return raw_batch(dtype) | {"conditioning_latents": [torch.randn(BATCH, 128, 2, 4)]}
 
 
 def tape(model: nn.Module) -> Any:

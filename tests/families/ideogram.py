@@ -3,7 +3,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from family_case import BATCH, Case, StreamReference, Tape, joint, randomised, taped_forwards
 from torch import nn
@@ -11,7 +10,8 @@ from torch import nn
 TEXT = 9
 IMAGE = 3 * 5
 PATHS = [f"layers.{i}" for i in range(3)]
-VALID = np.array([[True] * TEXT, [True] * 4 + [False] * (TEXT - 4)])
+VALID = [TEXT, 4]
+MASK = torch.tensor([[1.0] * count + [0.0] * (TEXT - count) for count in VALID])
 
 
 def denoiser() -> nn.Module:
@@ -32,8 +32,8 @@ def denoiser() -> nn.Module:
 def raw_batch(dtype: torch.dtype) -> dict[str, Any]:
     return {
         "latent_batch": torch.randn(BATCH, 128, 3, 5),
-        "prompt_embeds": torch.randn(BATCH, TEXT, 20),
-        "encoder_attention_mask": torch.from_numpy(VALID).float(),
+        "prompt_embeds": torch.randn(BATCH, TEXT, 20) * MASK[..., None],
+        "encoder_attention_mask": MASK,
         "data_backend_id": "photographs",
         "prompts": ["a", "b"],
     }
@@ -50,7 +50,7 @@ def reference(tape: Tape, prepared: Mapping[str, Any], model: nn.Module) -> dict
         assert crossing.arguments["x"].shape[1] == TEXT + IMAGE
     return {
         "image": joint(tape, PATHS, "x", [(TEXT, TEXT + IMAGE)] * BATCH),
-        "text": joint(tape, PATHS, "x", [(0, TEXT)] * BATCH, list(VALID)),
+        "text": joint(tape, PATHS, "x", [(0, count) for count in VALID]),
     }
 
 

@@ -55,9 +55,7 @@ def with_audio_and_vae(model: Any) -> None:
     from simpletuner.helpers.models.infinitetalk.audio import window_audio_embeddings
 
     model.vae = AutoencoderKLWan(base_dim=4, num_res_blocks=1).to(model.config.weight_dtype).eval()
-    model.encode_audio = lambda path, frames: window_audio_embeddings(
-        torch.randn(1, frames, AUDIO_LAYERS, AUDIO_WIDTH)
-    )
+    model.encode_audio = lambda path, frames: window_audio_embeddings(torch.randn(1, frames, AUDIO_LAYERS, AUDIO_WIDTH))
     model.model.audio_proj.norm.float()  # it gets a float32 input, and on a CPU no autocast helps
 
 

@@ -4,9 +4,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from families.sdxl import BASE, base, raw_batch, reference, tape
 from family_case import FLOW_SCHEDULER, Case, sigma_of_mix, whole_steps
 from torch import nn
+
+from families.sdxl import BASE, base, raw_batch, reference, tape
 
 # Kolors has 1100 steps.
 SCHEDULER = {

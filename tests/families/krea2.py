@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from family_case import BATCH, Case, StreamReference, Tape, joint, randomised, taped_forwards
 from torch import nn
@@ -13,7 +12,8 @@ TEXT = 9
 TEXT_LAYERS = 4
 IMAGE = 3 * 5
 PATHS = [f"transformer_blocks.{i}" for i in range(3)]
-VALID = np.array([[True] * TEXT, [True] * 4 + [False] * (TEXT - 4)])
+VALID = [TEXT, 4]
+MASK = torch.tensor([[1.0] * count + [0.0] * (TEXT - count) for count in VALID])
 
 
 def denoiser() -> nn.Module:
@@ -43,8 +43,8 @@ def denoiser() -> nn.Module:
 def raw_batch(dtype: torch.dtype) -> dict[str, Any]:
     return {
         "latent_batch": torch.randn(BATCH, 16, 6, 10),
-        "prompt_embeds": torch.randn(BATCH, TEXT, TEXT_LAYERS, 20),
-        "encoder_attention_mask": torch.from_numpy(VALID).float(),
+        "prompt_embeds": torch.randn(BATCH, TEXT, TEXT_LAYERS, 20) * MASK[..., None, None],
+        "encoder_attention_mask": MASK,
         "data_backend_id": "photographs",
         "prompts": ["a", "b"],
     }
@@ -67,7 +67,7 @@ def reference(
         assert crossing.arguments["hidden_states"].shape[1] == TEXT + IMAGE + references
     return {
         "image": joint(tape, PATHS, "hidden_states", [(TEXT, TEXT + IMAGE)] * BATCH),
-        "text": joint(tape, PATHS, "hidden_states", [(0, TEXT)] * BATCH, list(VALID)),
+        "text": joint(tape, PATHS, "hidden_states", [(0, count) for count in VALID]),
     }
 
 

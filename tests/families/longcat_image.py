@@ -46,7 +46,7 @@ def raw_batch(dtype: torch.dtype) -> dict[str, Any]:
 
 
 def edit_batch(dtype: torch.dtype) -> dict[str, Any]:
-    return raw_batch(dtype) | {"conditioning_latents": torch.randn(BATCH, 16, 4, 8)}
+    return raw_batch(dtype) | {"conditioning_latents": [torch.randn(BATCH, 16, 4, 8)]}
 
 
 @contextmanager

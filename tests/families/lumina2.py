@@ -10,6 +10,7 @@ from torch import nn
 TEXT = 11
 # Each sample's text is followed by its image at once: there is no padding between them.
 VALID = [4, TEXT]
+MASK = torch.tensor([[1.0] * count + [0.0] * (TEXT - count) for count in VALID])
 IMAGE = 3 * 5
 PATHS = [f"layers.{i}" for i in range(3)]
 
@@ -38,8 +39,8 @@ def denoiser() -> nn.Module:
 def raw_batch(dtype: torch.dtype) -> dict[str, Any]:
     return {
         "latent_batch": torch.randn(BATCH, 16, 6, 10),
-        "prompt_embeds": torch.randn(BATCH, TEXT, 20),
-        "encoder_attention_mask": torch.tensor([[1.0] * count + [0.0] * (TEXT - count) for count in VALID]),
+        "prompt_embeds": torch.randn(BATCH, TEXT, 20) * MASK[..., None],
+        "encoder_attention_mask": MASK,
         "data_backend_id": "photographs",
         "prompts": ["a", "b"],
     }

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from family_case import BATCH, Case, StreamReference, Tape, joint, randomised, taped_forwards
 from torch import nn
@@ -13,7 +12,8 @@ TEXT = 9
 IMAGE = 3 * 5
 REFERENCES = 2 * 3 + 1 * 2
 PATHS = [f"layers.{i}" for i in range(3)]
-VALID = np.array([[True] * TEXT, [True] * 4 + [False] * (TEXT - 4)])
+VALID = [TEXT, 4]
+MASK = torch.tensor([[1.0] * count + [0.0] * (TEXT - count) for count in VALID])
 
 
 def denoiser() -> nn.Module:
@@ -29,8 +29,8 @@ def denoiser() -> nn.Module:
 def raw_batch(dtype: torch.dtype) -> dict[str, Any]:
     return {
         "latent_batch": torch.randn(BATCH, 128, 3, 5),
-        "prompt_embeds": torch.randn(BATCH, TEXT, 20),
-        "encoder_attention_mask": torch.from_numpy(VALID).float(),
+        "prompt_embeds": torch.randn(BATCH, TEXT, 20) * MASK[..., None],
+        "encoder_attention_mask": MASK,
         "data_backend_id": "photographs",
         "prompts": ["a", "b"],
     }
@@ -53,7 +53,7 @@ def reference(
         assert crossing.arguments["x"].shape[1] == IMAGE + TEXT + references
     return {
         "image": joint(tape, PATHS, "x", [(0, IMAGE)] * BATCH),
-        "text": joint(tape, PATHS, "x", [(IMAGE, IMAGE + TEXT)] * BATCH, list(VALID)),
+        "text": joint(tape, PATHS, "x", [(IMAGE, IMAGE + count) for count in VALID]),
     }
 
 

@@ -44,12 +44,17 @@ def prepare_model(model: Any) -> None:
     from tokenizers.pre_tokenizers import WhitespaceSplit
     from transformers import PreTrainedTokenizerFast
 
-    text = "<|user|> Generate an image according to the following instructions <|end|> <|assistant|> <|diffusion|>"
-    words = dict.fromkeys(f"<unk> {text} {' '.join(PROMPTS)}".split())
+    special = ["<|user|>", "<|end|>", "<|assistant|>", "<|diffusion|>"]
+    words = ["<unk>", *special, "Generate", "an", "image", "according", "to", "the", "following", "instructions"]
+    words = list(dict.fromkeys(words + " ".join(PROMPTS).split()))
     tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
-    model.processor = OmniGenMultiModalProcessor(PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>"))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", additional_special_tokens=special)
+    model.processor = OmniGenMultiModalProcessor(fast)
     model.processor.collator = OmniGenTrainingCollator()
+    if model.config.weight_dtype is torch.bfloat16:
+        # The noisy latents are float32; accelerate runs the denoiser's forward under autocast.
+        model.model.forward = torch.autocast("cpu", dtype=torch.bfloat16)(model.model.forward)
 
 
 def raw_batch(dtype: torch.dtype) -> dict[str, Any]:

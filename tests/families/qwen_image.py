@@ -3,7 +3,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from family_case import BATCH, Case, StreamReference, Tape, joint, separate, taped_forwards
 from torch import nn
@@ -11,7 +10,8 @@ from torch import nn
 TEXT = 9
 IMAGE = 3 * 5
 PATHS = [f"transformer_blocks.{i}" for i in range(3)]
-VALID = np.array([[True] * TEXT, [True] * 4 + [False] * (TEXT - 4)])
+VALID = [TEXT, 4]
+MASK = torch.tensor([[1.0] * count + [0.0] * (TEXT - count) for count in VALID])
 
 
 def denoiser() -> nn.Module:
@@ -46,8 +46,8 @@ def denoiser_21() -> nn.Module:
 
 def text_batch() -> dict[str, Any]:
     return {
-        "prompt_embeds": torch.randn(BATCH, TEXT, 20),
-        "encoder_attention_mask": torch.from_numpy(VALID).float(),
+        "prompt_embeds": torch.randn(BATCH, TEXT, 20) * MASK[..., None],
+        "encoder_attention_mask": MASK,
         "data_backend_id": "photographs",
         "prompts": ["a", "b"],
     }
@@ -62,8 +62,8 @@ def raw_batch_edit_v1(dtype: torch.dtype) -> dict[str, Any]:
 
 
 def raw_batch_edit_v2(dtype: torch.dtype) -> dict[str, Any]:
-    # SimpleTuner 4.10.1 keeps the first of this list and takes it apart as a list of reference datasets. What its collate
-    # function returns, one (B, C, H, W) tensor for each dataset, passes that only where B is 1.
+    # SimpleTuner 4.10.1 keeps the first of this list and takes it apart as a list of reference datasets. What its
+    # collate function returns, one (B, C, H, W) tensor for each dataset, passes that only where B is 1.
     return raw_batch(dtype) | {"conditioning_latents": [[torch.randn(BATCH, 16, 4, 6), torch.randn(BATCH, 16, 2, 4)]]}
 
 
@@ -80,7 +80,7 @@ def tape(model: nn.Module) -> Any:
 def reference(tape: Tape, prepared: Mapping[str, Any], model: nn.Module) -> dict[str, StreamReference]:
     return {
         "image": separate(tape, PATHS, "hidden_states", 1),
-        "text": separate(tape, PATHS, "encoder_hidden_states", 0, VALID),
+        "text": joint(tape, PATHS, "encoder_hidden_states", [(0, count) for count in VALID], result=0),
     }
 
 
@@ -90,7 +90,7 @@ def reference_edit(references: int) -> Any:
             assert crossing.arguments["hidden_states"].shape[1] == IMAGE + references
         return {
             "image": joint(tape, PATHS, "hidden_states", [(0, IMAGE)] * BATCH, result=1),
-            "text": separate(tape, PATHS, "encoder_hidden_states", 0, VALID),
+            "text": joint(tape, PATHS, "encoder_hidden_states", [(0, count) for count in VALID], result=0),
         }
 
     return reference
@@ -99,7 +99,7 @@ def reference_edit(references: int) -> Any:
 def reference_21(tape: Tape, prepared: Mapping[str, Any], model: nn.Module) -> dict[str, StreamReference]:
     return {
         "image": joint(tape, PATHS, "hidden_states", [(TEXT, TEXT + IMAGE)] * BATCH),
-        "text": joint(tape, PATHS, "hidden_states", [(0, TEXT)] * BATCH, list(VALID)),
+        "text": joint(tape, PATHS, "hidden_states", [(0, count) for count in VALID]),
     }
 
 

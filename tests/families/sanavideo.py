@@ -5,9 +5,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from families.sana import sigma
 from family_case import BATCH, Case, StreamReference, Tape, separate, taped_forwards
 from torch import nn
+
+from families.sana import sigma
 
 TEXT = 9
 VALID = np.array([[True] * TEXT, [True] * 4 + [False] * (TEXT - 4)])

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ def reference(tape: Tape, prepared: Mapping[str, Any], model: nn.Module) -> dict
     streams: dict[str, StreamReference] = {}
     for stream, states in tape.states.items():  # type: ignore[attr-defined]
         streams[stream] = []
-        for index, (before, after) in enumerate(zip(states[:-1], states[1:], strict=True)):
+        for index, (before, after) in enumerate(pairwise(states)):
             angle_BS = angles(before, after)
             streams[stream].append((f"transformer_blocks.{index}", [(angle_BS[b], None) for b in range(BATCH)]))
     return streams

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from families.sd1x import sigma
 from family_case import (
     BATCH,
     DDPM_SCHEDULER,
@@ -17,6 +16,8 @@ from family_case import (
     whole_steps,
 )
 from torch import nn
+
+from families.sd1x import sigma
 
 # As in SDXL the first down block and the last up block have no attention, and the others several blocks.
 BASE = [

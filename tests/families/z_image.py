@@ -10,6 +10,7 @@ from torch import nn
 
 TEXT = 37
 VALID = [TEXT, 7]
+MASK = torch.tensor([[1.0] * count + [0.0] * (TEXT - count) for count in VALID])
 ROWS, COLUMNS = 3, 5
 REFERENCE_COLUMNS = 2
 PADDED = 32  # image and text of each sample are padded to a whole multiple of 32
@@ -37,8 +38,8 @@ def denoiser() -> nn.Module:
 def raw_batch(dtype: torch.dtype) -> dict[str, Any]:
     return {
         "latent_batch": torch.randn(BATCH, 16, 2 * ROWS, 2 * COLUMNS),
-        "prompt_embeds": torch.randn(BATCH, TEXT, 20),
-        "encoder_attention_mask": torch.tensor([[1.0] * count + [0.0] * (TEXT - count) for count in VALID]),
+        "prompt_embeds": torch.randn(BATCH, TEXT, 20) * MASK[..., None],
+        "encoder_attention_mask": MASK,
         "data_backend_id": "photographs",
         "prompts": ["a", "b"],
     }

@@ -3,6 +3,7 @@
 # make test     lint, types and all tests
 # make test-oldest   the tests against the real Trainer, on the oldest SimpleTuner supported, in .venv-oldest
 # make families      the README's support table, from the family tests' own results
+# make bench    every benchmark but the GPU's, and docs/benchmarks.md from the results
 # make lint     ruff and mypy
 # make clean    removes everything that the above have made
 #
@@ -14,7 +15,7 @@ STAMP = .venv/layerprobe-setup
 OLDEST = 4.8.0
 export PYTHON
 
-.PHONY: setup demo test test-oldest families lint clean
+.PHONY: setup demo test test-oldest families bench lint clean
 
 setup: $(STAMP)
 
@@ -41,6 +42,13 @@ test-oldest:
 
 families: $(STAMP)
 	$(BIN)/python tools/families_table.py
+
+bench: export SIMPLETUNER_LAYERPROBE = 0
+bench: $(STAMP)
+	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/analysis.py
+	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/tables.py
 
 clean:
 	rm -rf .venv .venv-oldest .venv-oldest.txt demo build dist simpletuner_layerprobe.egg-info

@@ -63,6 +63,15 @@ OPTIONS = (
         "0: num_train_epochs or max_train_steps decide.",
     ),
     Option(
+        "layerprobe_stop_when_stable",
+        "Stop the probe when settled",
+        "NUMBER",
+        0.0,
+        "Stop as soon as other samples would very likely give the same factors: when every factor of the preset "
+        "'article' is agreed by this share of bootstrap replicates, such as 0.95. Judged now and then, at less than a "
+        "hundredth of the run's time. 0: do not.",
+    ),
+    Option(
         "layerprobe_discover",
         "Probe unknown model families",
         "CHECKBOX",
@@ -86,7 +95,8 @@ class ProbeSettings:
 
     directory: the run folder. sigmas: one of SIGMA_MODES. samples: total number of samples of the run, 0 if the
     epochs or max_train_steps decide. flush_seconds: seconds between two writes, above 0. discover: whether to guess
-    the blocks of an unknown model family.
+    the blocks of an unknown model family. stop_when_stable: share of bootstrap replicates, below 1, that must agree
+    with every factor for the run to end by itself, 0 if it does not.
     """
 
     directory: str
@@ -94,6 +104,7 @@ class ProbeSettings:
     samples: int = 0
     flush_seconds: float = 30.0
     discover: bool = False
+    stop_when_stable: float = 0.0
 
     @classmethod
     def from_config(cls, config: Any) -> ProbeSettings | None:
@@ -107,6 +118,7 @@ class ProbeSettings:
             samples=_whole_number("layerprobe_samples", config.layerprobe_samples),
             flush_seconds=_seconds("layerprobe_flush_seconds", config.layerprobe_flush_seconds),
             discover=bool(config.layerprobe_discover),
+            stop_when_stable=_share("layerprobe_stop_when_stable", config.layerprobe_stop_when_stable),
         )
 
 
@@ -124,6 +136,16 @@ def _whole_number(name: str, value: Any) -> int:
     if not (number >= 0 and number.is_integer()):
         raise ProbeError(f"{name} is {value}; it must be a whole number, 0 or more")
     return int(number)
+
+
+def _share(name: str, value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = float("nan")
+    if not (number == 0 or 0.5 <= number < 1):
+        raise ProbeError(f"{name} is {value!r}; it must be 0, or a share from 0.5 to below 1 such as 0.95")
+    return number
 
 
 def _seconds(name: str, value: Any) -> float:

@@ -298,8 +298,12 @@ def run_case(case: Case, dtype: torch.dtype, checkpointing: bool = False) -> Out
 
 
 def prove_targets(denoiser: nn.Module, entry: families.Family, streams: Mapping[str, Sequence[str]]) -> tuple[int, ...]:
-    """The article's config for these blocks, built by LyCORIS: adapted modules, wrong ones, unmatched patterns."""
-    from simpletuner_layerprobe.lokr.config import article_config, article_plan
+    """The article's config for these blocks, built by LyCORIS: adapted modules, wrong ones, unmatched patterns.
+
+    The planner's config for half of its parameters is built as well; LyCORIS must make exactly what was counted.
+    """
+    from simpletuner_layerprobe.lokr import planner
+    from simpletuner_layerprobe.lokr.config import article_config, article_plan, planned_config
     from simpletuner_layerprobe.lokr.verify import verify
     from simpletuner_layerprobe.run.modules import module_table
 
@@ -308,6 +312,14 @@ def prove_targets(denoiser: nn.Module, entry: families.Family, streams: Mapping[
     modules = module_table(denoiser)
     plan = article_plan(blocks, factors, entry.targets, modules)
     check = verify(article_config(blocks, factors, entry.targets), plan, modules, model_class=type(denoiser).__name__)
+    groups = planner.module_groups(blocks, entry.targets, modules, streams=streams)
+    value_L = np.linspace(1, 0, len(blocks))
+    planned = planner.plan(groups, dict.fromkeys((planner.JOINT, *streams), value_L), check.parameters // 2)
+    config = planned_config(planned.planned, blocks, entry.targets)
+    proof = verify(config, planned.planned, modules, model_class=type(denoiser).__name__)
+    proof.require()
+    assert proof.parameters == planned.reached and not proof.unmatched, "the planner counts otherwise than LyCORIS"
+    assert len(proof.rows) == len(check.rows)
     return len(check.rows), len(check.wrong), len(check.unmatched)
 
 

@@ -24,7 +24,7 @@ TINY = {
     "image": tuple(f"transformer_blocks.{i}" for i in range(6)),
     "text": tuple(f"transformer_blocks.{i}" for i in range(5)),
 }
-COMMANDS = ("doctor", "status", "heatmap", "lokr", "check-config", "import", "export")
+COMMANDS = ("doctor", "status", "heatmap", "findings", "report", "lokr", "check-config", "import", "export")
 
 
 @dataclass(frozen=True)

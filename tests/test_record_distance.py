@@ -61,7 +61,7 @@ def test_properties(seed, size, scale, tokens):
     before, after = states(seed, (2, tokens, 24), size, torch.float32)
     angles = token_angles(before, after)
     assert ((angles >= 0) & (angles <= 1)).all()
-    assert torch.equal(angles, token_angles(after, before))
+    torch.testing.assert_close(angles, token_angles(after, before), rtol=0, atol=3e-7)
     torch.testing.assert_close(angles, token_angles(before, scale * after), rtol=0, atol=3e-7)
     assert torch.equal(token_angles(before, before), torch.zeros(2, tokens))
     torch.testing.assert_close(token_angles(before, -before), torch.ones(2, tokens), rtol=0, atol=1e-7)
@@ -76,12 +76,26 @@ def test_chunks_change_nothing(monkeypatch):
     torch.testing.assert_close(token_angles(before, after), whole, rtol=0, atol=1e-7)
 
 
+def test_other_devices_take_the_states_unconverted():
+    """There the operations mix bfloat16 states with float32 factors; type promotion is the same on all devices."""
+    before, after = states(5, (2, 33, 96), 0.3, torch.bfloat16)
+    stretch = torch.rand(2, 33, 1)
+    for value in (1, -1):
+        mixed = torch.addcmul(after, before, stretch, value=value)
+        assert mixed.dtype == torch.float32
+        assert torch.equal(mixed, torch.addcmul(after.float(), before.float(), stretch, value=value))
+    norm = torch.linalg.vector_norm(before, dim=-1, keepdim=True, dtype=torch.float32)
+    torch.testing.assert_close(norm, torch.linalg.vector_norm(before.float(), dim=-1, keepdim=True))
+
+
 def test_a_state_without_direction_is_nan():
     before, after = states(4, (1, 3, 8), 1.0, torch.float32)
     before[0, 1] = 0
     after[0, 2, 3] = torch.inf
-    angles = token_angles(before, after)
-    assert angles[0, 0].isfinite() and angles[0, 1].isnan() and not angles[0, 2].isfinite()
+    for u, v in ((before, after), (after, before)):
+        angles = token_angles(u, v)
+        assert angles[0, 0].isfinite() and angles[0, 1].isnan() and not angles[0, 2].isfinite()
+    assert token_angles(torch.zeros(1, 1, 4), torch.zeros(1, 1, 4)).isnan().all()
 
 
 def test_shapes_must_agree():

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from synthetic_run import write_run
 
 from simpletuner_layerprobe.record.fingerprint import fingerprint
 from simpletuner_layerprobe.record.session import Session
@@ -63,3 +64,26 @@ def test_fingerprint_tells_models_apart():
         tuned[0].weight += 1e-3
     assert len({fingerprint(one) for one in [model(0), tuned, *others]}) == 5
     assert len(fingerprint(torch.nn.Linear(3, 3, device="meta"))) == 64
+
+
+def test_settled_factors_end_the_run_as_a_signal_does(tmp_path, monkeypatch, capsys):
+    write_run(tmp_path / "run", {"image": ("a", "b", "c")}, 400, peaks=[("image", 0)])
+    judging, other = (session(tmp_path, monkeypatch, rank, 2, stop_when_stable=0.5) for rank in range(2))
+    for one in (judging, other, session(tmp_path, monkeypatch)):
+        one._judge()
+        assert one.wants_to_stop() == (one is judging)
+    assert "at least 50.0% of the bootstrap replicates of 400 samples agree" in capsys.readouterr().out
+    judging.ranks = 1
+    assert judging.agree(reached_epoch_end=False) == (False, True)
+    assert judging.last_step(global_step=7, max_train_steps=9) == 7
+    assert not judging._stop_requested  # a first Ctrl-C still ends the step instead of the process
+
+
+def test_a_run_that_cannot_be_judged_goes_on_and_says_so_once(tmp_path, monkeypatch, capsys):
+    run = write_run(tmp_path / "run", {"image": ("a", "b", "c")}, 400)
+    one = session(tmp_path, monkeypatch, stop_when_stable=0.5)
+    run.shards[0].write_bytes(b"broken")
+    for _ in range(2):
+        one._judge()
+    assert not one.wants_to_stop()
+    assert capsys.readouterr().out.count("layerprobe_stop_when_stable has no effect any more: shard") == 1

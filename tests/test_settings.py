@@ -21,9 +21,15 @@ def test_defaults():
 
 def test_values_as_the_command_line_gives_them():
     settings = ProbeSettings.from_config(
-        config(layerprobe_dir="~/x", layerprobe_samples="1e3", layerprobe_flush_seconds="0.5")
+        config(
+            layerprobe_dir="~/x",
+            layerprobe_samples="1e3",
+            layerprobe_flush_seconds="0.5",
+            layerprobe_stop_when_stable="0.95",
+        )
     )
     assert settings is not None
+    assert settings.stop_when_stable == 0.95
     assert settings.samples == 1000 and settings.flush_seconds == 0.5
     assert settings.directory.endswith("/x") and not settings.directory.startswith("~")
 
@@ -40,6 +46,12 @@ def test_values_as_the_command_line_gives_them():
         ("layerprobe_flush_seconds", "0"),
         ("layerprobe_flush_seconds", "inf"),
         ("layerprobe_flush_seconds", "soon"),
+        ("layerprobe_stop_when_stable", "1"),
+        ("layerprobe_stop_when_stable", "0.2"),
+        ("layerprobe_stop_when_stable", "-0.95"),
+        ("layerprobe_stop_when_stable", "nan"),
+        ("layerprobe_stop_when_stable", "always"),
+        ("layerprobe_stop_when_stable", None),
     ],
 )
 def test_wrong_values_name_the_option(name, value):

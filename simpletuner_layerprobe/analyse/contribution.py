@@ -5,14 +5,14 @@ Shape letters: T bins, L blocks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from simpletuner_layerprobe import ProbeError
-from simpletuner_layerprobe.analyse.heatmap import Heatmap, all_blocks, columns, common_blocks
+from simpletuner_layerprobe.analyse.heatmap import Heatmap, all_blocks, common_blocks
 
 TUKEY_FAR_OUT = 3.0
 """Tukey's "far out" fence lies this many interquartile ranges above the third quartile."""
@@ -69,27 +69,69 @@ def article_contributions(
     parts = tuple(streams.values())
     covered = common_blocks([part.blocks for part in parts])
     blocks = all_blocks([part.blocks for part in parts])
-    total_TL = np.zeros((parts[0].bins, len(covered)))
-    for part in parts:
-        weight = 1.0 if len(parts) == 1 else text_weight if part.stream == "text" else image_weight
-        limit = np.percentile(part.mean_TL, clip_percentile)
-        total_TL += np.minimum(columns(part, covered), limit) * weight
-    average_L = (total_TL / float(len(parts))).mean(axis=0)
+    average_L = article_averages(
+        {name: part.mean_TL[None] for name, part in streams.items()},
+        {name: part.blocks for name, part in streams.items()},
+        clip_percentile=clip_percentile,
+        text_weight=text_weight,
+        image_weight=image_weight,
+    )[0]
     low, high = average_L.min(), average_L.max()
     if not high > low:
         raise ProbeError(
             f"all {len(covered)} blocks have the same contribution ({low:.6g}), so nothing can be weighted; "
             "use fewer --bins if some have no samples, a higher --clip-percentile, or other weights"
         )
-    value = dict(zip(covered, (average_L - low) / (high - low), strict=True))
-    numbers_covered = np.array([i for i, block in enumerate(blocks) if block in value])
-    source_L = [_nearest_covered(i, numbers_covered) for i in range(len(blocks))]
     return Contribution(
         blocks=blocks,
-        value_L=np.array([value[blocks[i]] for i in source_L]),
-        covered_L=np.array([block in value for block in blocks]),
+        value_L=((average_L - low) / (high - low))[block_sources([part.blocks for part in parts])],
+        covered_L=np.array([block in covered for block in blocks]),
         critical=critical_blocks(streams),
     )
+
+
+def stream_contributions(
+    streams: Mapping[str, Heatmap], *, clip_percentile: float = 90.0
+) -> dict[str, NDArray[np.float64]]:
+    """Each stream's contributions by itself: stream -> (L,) float64 in [0, 1] for all blocks that any stream has.
+
+    A block that the stream lacks takes the value of its nearest block, as in `article_contributions`, which raises the
+    same errors.
+    """
+    blocks = all_blocks([heatmap.blocks for heatmap in streams.values()])
+    found = {}
+    for name, heatmap in streams.items():
+        alone = article_contributions({name: heatmap}, clip_percentile=clip_percentile)
+        numbers = np.array([number for number, block in enumerate(blocks) if block in alone.blocks])
+        sources = [blocks[_nearest_covered(number, numbers)] for number in range(len(blocks))]
+        found[name] = np.array([alone.value_L[alone.blocks.index(block)] for block in sources])
+    return found
+
+
+def article_averages(
+    mean_RTL: Mapping[str, NDArray[np.float64]],
+    blocks: Mapping[str, Sequence[str]],
+    *,
+    clip_percentile: float = 90.0,
+    text_weight: float = 1 / 3,
+    image_weight: float = 2 / 3,
+) -> NDArray[np.float64]:
+    """The article's combination of each of R sets of heatmaps, before the min-max normalisation.
+
+    mean_RTL: stream -> (R, T, L) means, clipped each at its own percentile. blocks: stream -> its L blocks.
+    Returns (R, C) float64 for the C blocks that every stream has (`common_blocks`).
+    """
+    covered = common_blocks(list(blocks.values()))
+    R, T, _ = next(iter(mean_RTL.values())).shape
+    total_RTC = np.zeros((R, T, len(covered)))
+    for stream, values_RTL in mean_RTL.items():
+        weight = 1.0 if len(mean_RTL) == 1 else text_weight if stream == "text" else image_weight
+        limit_R = np.percentile(values_RTL.reshape(R, -1), clip_percentile, axis=1)
+        position = {block: i for i, block in enumerate(blocks[stream])}
+        values_RTC = values_RTL[:, :, [position[block] for block in covered]]
+        total_RTC += np.minimum(values_RTC, limit_R[:, None, None]) * weight
+    average_RC: NDArray[np.float64] = (total_RTC / float(len(mean_RTL))).mean(axis=1)
+    return average_RC
 
 
 def critical_blocks(streams: Mapping[str, Heatmap]) -> dict[str, tuple[int, ...]]:
@@ -104,10 +146,23 @@ def critical_blocks(streams: Mapping[str, Heatmap]) -> dict[str, tuple[int, ...]
     for name, heatmap in streams.items():
         filled_TL = heatmap.mean_TL[heatmap.count_T > 0]
         average_L = filled_TL.mean(axis=0) if len(filled_TL) else np.zeros(len(heatmap.blocks))
-        first, third = np.percentile(average_L, [25, 75])
-        fence = third + TUKEY_FAR_OUT * (third - first)
-        critical[name] = tuple(blocks.index(heatmap.blocks[i]) for i in np.flatnonzero(average_L > fence))
+        critical[name] = tuple(blocks.index(heatmap.blocks[i]) for i in np.flatnonzero(far_out(average_L)))
     return critical
+
+
+def far_out(average_RL: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Which numbers of the last axis lie above its far-out fence, Q3 + 3 * (Q3 - Q1). The same shape, bool."""
+    first_R, third_R = np.percentile(average_RL, [25, 75], axis=-1, keepdims=True)
+    outside_RL: NDArray[np.bool_] = average_RL > third_R + TUKEY_FAR_OUT * (third_R - first_R)
+    return outside_RL
+
+
+def block_sources(streams: Sequence[Sequence[str]]) -> NDArray[np.intp]:
+    """For every block of `all_blocks`, which of the `common_blocks` its contribution comes from. Returns (L,)."""
+    covered = common_blocks(streams)
+    blocks = all_blocks(streams)
+    numbers = np.array([i for i, block in enumerate(blocks) if block in covered])
+    return np.array([covered.index(blocks[_nearest_covered(i, numbers)]) for i in range(len(blocks))])
 
 
 def _nearest_covered(number: int, covered: NDArray[np.intp]) -> int:

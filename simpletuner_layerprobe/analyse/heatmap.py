@@ -67,23 +67,28 @@ def heatmaps(run: Run, *, tokens: str = "last", bins: int = 10) -> dict[str, Hea
     manifest = run.manifest
     if tokens not in manifest.tokens:
         raise ProbeError(f"{run.path} has no reading {tokens!r}; it has: {', '.join(manifest.tokens)} (see --tokens)")
-    run.require_samples()
     streams = sorted(manifest.streams, key=lambda stream: stream.name != "image")
     sum_TL = {s.name: np.zeros((bins, len(s.blocks))) for s in streams}
     count_T = {s.name: np.zeros(bins, dtype=np.int64) for s in streams}
     nonfinite = {s.name: 0 for s in streams}
-    for rows in run.rows():
-        bin_N = bin_index(rows.sigma_N, bins)
+    for sigma_N, distances in run.distances(tokens):
+        bin_of_N = bin_index(sigma_N, bins)
         for stream in streams:
             name, L = stream.name, len(stream.blocks)
-            distance_NL = rows.distances[name, tokens]
-            finite_N = np.isfinite(distance_NL).all(axis=1)
-            nonfinite[name] += int(np.count_nonzero(~finite_N))
-            cell_NL = bin_N[finite_N, None] * L + np.arange(L)
-            sum_TL[name] += np.bincount(
-                cell_NL.ravel(), weights=distance_NL[finite_N].ravel(), minlength=bins * L
-            ).reshape(bins, L)
-            count_T[name] += np.bincount(bin_N[finite_N], minlength=bins)
+            distance_NL, bin_N = distances[name], bin_of_N
+            with np.errstate(over="ignore", invalid="ignore"):
+                total = distance_NL.sum()  # it keeps every NaN and infinity
+            if not np.isfinite(total):
+                finite_N = np.isfinite(distance_NL).all(axis=1)
+                nonfinite[name] += int(np.count_nonzero(~finite_N))
+                distance_NL, bin_N = distance_NL[finite_N], bin_N[finite_N]
+            cell_NL = bin_N[:, None] * L + np.arange(L)
+            sum_TL[name] += np.bincount(cell_NL.ravel(), weights=distance_NL.ravel(), minlength=bins * L).reshape(
+                bins, L
+            )
+            count_T[name] += np.bincount(bin_N, minlength=bins)
+    if not any(nonfinite[s.name] or count_T[s.name].any() for s in streams):
+        run.require_samples()
     return {
         s.name: Heatmap(
             stream=s.name,

@@ -137,7 +137,34 @@ def article_plan(
     return tuple(planned)
 
 
-def config_bytes(config: Mapping[str, Any]) -> bytes:
+def planned_config(planned: Sequence[Planned], blocks: Sequence[str], targets: Sequence[Target]) -> dict[str, Any]:
+    """The LyCORIS config that gives every planned module its own factor, and nothing else an adapter.
+
+    Written with the family's patterns, as the article's config is, where all modules that a pattern decides for
+    share a factor; else module by module. planned: modules of these blocks; a block without any is left out. The same
+    input gives the same file, byte for byte. Raises ProbeError as `article_config` does.
+    """
+    by_block: dict[str, list[Planned]] = {}
+    for one in planned:
+        block = next((path for path in _parents(one.name) if path in blocks), None)
+        if block is not None:
+            by_block.setdefault(block, []).append(one)
+    name_algo_map: dict[str, dict[str, int]] = {}
+    for block, _, target in _block_targets(blocks, [1] * len(blocks), targets):
+        left = by_block.get(block, [])
+        for _, pattern in _levels(target):
+            matched = [one for one in left if fnmatchcase(one.name[len(block) + 1 :], pattern)]
+            left = [one for one in left if one not in matched]
+            if len({one.factor for one in matched}) == 1:
+                name_algo_map[f"{escape(block)}.{pattern}"] = {"factor": matched[0].factor}
+            else:
+                name_algo_map |= {escape(one.name): {"factor": one.factor} for one in matched}
+    return article_config((), (), ()) | {
+        "apply_preset": {"use_fnmatch": True, "target_module": [], "name_algo_map": name_algo_map}
+    }
+
+
+def config_bytes(config: Mapping[str, Any] | list[str]) -> bytes:
     """A config as the bytes of its JSON file."""
     return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
 
@@ -187,9 +214,30 @@ def environment(
     stays. Both files are written or neither. Raises ProbeError for a name that SimpleTuner does not find, for
     files that exist (unless `force`), and if the output_dir would be the probe's own.
     """
+    lycoris_path = Path(config_dir) / name / LYCORIS_CONFIG_NAME
+    own = {"model_type": "lora", "lora_type": "lycoris", "lycoris_config": lycoris_path.as_posix()}
+    path, output_dir = environment_of(
+        name, options, own, {LYCORIS_CONFIG_NAME: config_bytes(lycoris_config)}, config_dir=config_dir, force=force
+    )
+    return Environment(name, path, lycoris_path, output_dir)
+
+
+def environment_of(
+    name: str,
+    options: Mapping[str, Any],
+    own: Mapping[str, Any],
+    files: Mapping[str, bytes],
+    *,
+    config_dir: str | os.PathLike[str] = "config",
+    force: bool = False,
+) -> tuple[Path, str]:
+    """Write CONFIG_DIR/NAME/config.json with the options `own` in the probe's, and `files` beside it, by name.
+
+    As `environment` does it, for other adapters; an option that is None in `own` goes. Returns the path of config.json
+    and the output_dir.
+    """
     check_environment_name(name)
     folder = Path(config_dir) / name
-    paths = folder / OPTIONS_NAME, folder / LYCORIS_CONFIG_NAME
     for other in _OTHER_OPTIONS_NAMES:
         if (folder / other).exists() and not force:
             raise ProbeError(
@@ -197,17 +245,10 @@ def environment(
                 "choose another name or use --force"
             )
     output_dir = _sibling_output_dir(options, name)
-    own = {
-        "model_type": "lora",
-        "lora_type": "lycoris",
-        "lycoris_config": paths[1].as_posix(),
-        "output_dir": output_dir,
-    }
-    _write_files(
-        {paths[0]: config_bytes(_follow_up_options(options, own)), paths[1]: config_bytes(lycoris_config)},
-        force=force,
-    )
-    return Environment(name, *paths, output_dir)
+    follow_up = _follow_up_options(options, {**own, "output_dir": output_dir})
+    contents = {OPTIONS_NAME: config_bytes(follow_up), **files}
+    _write_files({folder / file: data for file, data in contents.items()}, force=force)
+    return folder / OPTIONS_NAME, output_dir
 
 
 def _levels(target: Target) -> list[tuple[int, str]]:
@@ -289,7 +330,8 @@ def _follow_up_options(options: Mapping[str, Any], own: Mapping[str, Any]) -> di
         elif bare in left:
             written[key] = left.pop(bare)
     dashes = "--" if any(key.strip().startswith("--") for key in options) else ""
-    return written | {dashes + key: value for key, value in left.items()}
+    written |= {dashes + key: value for key, value in left.items()}
+    return {key: value for key, value in written.items() if _bare(key) not in own or value is not None}
 
 
 def _write_files(contents: Mapping[Path, bytes], *, force: bool) -> None:

@@ -11,6 +11,7 @@ import copy
 import gc
 import importlib.metadata
 import importlib.util
+import inspect
 import io
 import json
 import logging
@@ -29,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 from simpletuner_layerprobe import ProbeError
 from simpletuner_layerprobe.lokr.config import Planned, layer_kind
 from simpletuner_layerprobe.lokr.factors import AUTO_FACTOR, factorisation
+from simpletuner_layerprobe.lokr.ranks import PlannedRank
 from simpletuner_layerprobe.run.manifest import Module
 
 if TYPE_CHECKING:
@@ -111,17 +113,18 @@ class Row:
 
 @dataclass(frozen=True)
 class Check:
-    """What LyCORIS builds from a config on a model.
+    """What LyCORIS (or PEFT) builds from a config on a model.
 
     rows: the modules that were meant to get an adapter or get one, in the model's order. unmatched: name
     patterns and classes that the model has nothing for. notes: what else the reader should know of the
-    config, one line each. lycoris: the version that built it.
+    config, one line each. lycoris: the version that built it. builder: LyCORIS, or PEFT with its version there.
     """
 
     rows: tuple[Row, ...]
     unmatched: tuple[str, ...]
     notes: tuple[str, ...]
     lycoris: str
+    builder: str = "LyCORIS"
 
     @property
     def wrong(self) -> tuple[Row, ...]:
@@ -156,21 +159,21 @@ class Check:
         """Raise ProbeError, naming the first difference, unless every module gets what was meant."""
         if self.wrong:
             raise ProbeError(
-                f"LyCORIS {self.lycoris} builds {len(self.wrong)} of {len(self.rows)} modules otherwise than "
+                f"{self.builder} {self.lycoris} builds {len(self.wrong)} of {len(self.rows)} modules otherwise than "
                 f"meant, first {self.wrong[0]}"
             )
 
 
 def verify(
     config: Mapping[str, Any],
-    plan: Sequence[Planned],
+    plan: Sequence[Planned] | Sequence[PlannedRank],
     modules: Sequence[Module],
     *,
     model_class: str = "",
 ) -> Check:
-    """Build a full-matrix LoKr config with LyCORIS on the model of the table and compare it with the plan.
+    """Build a config of full-matrix LoKr, LoHa or LoCon with LyCORIS on the model of the table; compare with the plan.
 
-    What a planned factor means for a module is computed here, without LyCORIS. model_class: the denoiser's
+    What a planned factor or rank means for a module is computed without LyCORIS. model_class: the denoiser's
     class name, if known. Raises ProbeError for a config or a table that nothing can be built from.
     """
     _check_form(config)
@@ -228,7 +231,10 @@ def skeleton(modules: Sequence[Module], model_class: str = "") -> nn.Module:
     return root
 
 
-def _planned_adapter(planned: Planned) -> Adapter:
+def _planned_adapter(planned: Planned | PlannedRank) -> Adapter:
+    if isinstance(planned, PlannedRank):
+        algo = "lora" if planned.algo == "locon" else planned.algo
+        return Adapter(algo, None, planned.tensors, planned.alpha / planned.rank)
     parts = factorisation(planned.shape, planned.factor)
     tensors = (("lokr_w1", parts.w1_shape), ("lokr_w2", parts.w2_shape))
     return Adapter("lokr", planned.factor, tensors, 1.0)
@@ -535,6 +541,7 @@ def _notes(config: Mapping[str, Any], modules: Sequence[Module], rows: Sequence[
     if preset.get("enable_conv") is False and _named_preset(config).get("enable_conv"):
         notes.append("enable_conv false has no effect: LyCORIS turns it on again when it builds the network")
     notes += [f"{key} has no effect in apply_preset" for key in _WITHOUT_EFFECT if key in preset]
+    notes += _swallowed(config)
     weightless = sum(module.type == "LayerNorm" and not module.shape for module in modules)
     if config.get("train_norm") and weightless:
         notes.append(
@@ -542,6 +549,24 @@ def _notes(config: Mapping[str, Any], modules: Sequence[Module], rows: Sequence[
             "training stops at the first step"
         )
     return tuple(notes)
+
+
+def _swallowed(config: Mapping[str, Any]) -> list[str]:
+    """One line for each setting of single names or classes that their algorithm takes and never looks at."""
+    modules = _fresh_wrapper().network_module_dict
+    preset = config.get("apply_preset") or {}
+    where: dict[tuple[str, str], list[str]] = {}
+    for names in _MAPS:
+        for name, settings in preset.get(names, {}).items():
+            algo = settings.get("algo", config["algo"].lower())
+            looked_at = {*inspect.signature(modules[algo]).parameters, "algo", "dim"}
+            for key in settings:
+                if key not in looked_at:
+                    where.setdefault((key, algo), []).append(name)
+    return [
+        f"{key} has no effect with {algo} (given for {names[0]}{', ...' if len(names) > 1 else ''})"
+        for (key, algo), names in where.items()
+    ]
 
 
 # The form of a config

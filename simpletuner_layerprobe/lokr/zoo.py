@@ -1,7 +1,8 @@
 """Module tables and streams of architectures that are known by name or by their config.json.
 
-They are built on the meta device by diffusers' own classes: no weights, no download. torch and diffusers are
-imported inside the calls.
+They are built on the meta device by diffusers' own classes: no weights, no download. Where the class that SimpleTuner
+trains instead has parts of other class names, the table has SimpleTuner's: a LyCORIS config can go by them. torch and
+diffusers are imported inside the calls.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 FAMILY_OF_CLASS = {"SD3Transformer2DModel": "sd3", "FluxTransformer2DModel": "flux"}
+# Class names of diffusers' parts -> of the same parts in SimpleTuner's own class of that name, 4.8 to 4.10.
+TRAINED_AS: dict[str, dict[str, str]] = {"FluxTransformer2DModel": {"FluxAttention": "Attention"}}
 
 
 @dataclass(frozen=True)
@@ -149,4 +152,6 @@ def _architecture(model_class: str, config: dict[str, Any], flavour: str, where:
         raise ProbeError(f"diffusers cannot build {model_class} from {where}: {said}") from error
     name = FAMILY_OF_CLASS.get(model_class, "")
     known_streams = streams(model, family(name, model_class)) if name else ()
-    return Architecture(name, flavour, model_class, module_table(model), known_streams)
+    trained_as = TRAINED_AS.get(model_class, {})
+    modules = tuple(replace(one, type=trained_as.get(one.type, one.type)) for one in module_table(model))
+    return Architecture(name, flavour, model_class, modules, known_streams)

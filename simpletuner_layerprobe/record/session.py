@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from simpletuner_layerprobe import ProbeError
+from simpletuner_layerprobe.analyse.stability import Stability
 from simpletuner_layerprobe.families import Family
 from simpletuner_layerprobe.record.fingerprint import fingerprint
 from simpletuner_layerprobe.record.launch import last_line
@@ -61,6 +62,8 @@ class Session:
         self._kept = 0
         self._drawn = 0
         self._stop_requested = False
+        self._stability = Stability(settings.directory, settings.stop_when_stable) if self._judges else None
+        self._settled = False
         self._failed = False
         self._armed: tuple[Mapping[str, Any], torch.Tensor, torch.Tensor | None, Facts] | None = None
         self._distances: dict[tuple[str, str], torch.Tensor] | None = None
@@ -91,15 +94,20 @@ class Session:
     def finished(self) -> bool:
         return self._kept >= self.quota
 
+    @property
+    def _judges(self) -> bool:
+        """Whether this rank looks at the run folder now and then, to end the run when all factors are settled."""
+        return self.rank == 0 and self.settings.stop_when_stable > 0
+
     def wants_to_stop(self) -> bool:
-        return self.finished or self._stop_requested
+        return self.finished or self._stop_requested or self._settled
 
     def agree(self, reached_epoch_end: bool) -> tuple[bool, bool]:
         """What the ranks decide together: (the epoch is over, the run stops). All of them ask at the same step.
 
         The run stops when one was told to, or when all have their samples: uneven batches may let one finish first.
         """
-        epoch_end, asked, unfinished = reached_epoch_end, self._stop_requested, not self.finished
+        epoch_end, asked, unfinished = reached_epoch_end, self._stop_requested or self._settled, not self.finished
         if self.ranks > 1:
             device = self.idle_parameter.device
             flags = torch.tensor([epoch_end, asked, unfinished], dtype=torch.int32, device=device)
@@ -206,6 +214,7 @@ class Session:
         self._distances = None
         if time.monotonic() - self._flushed >= self.settings.flush_seconds:
             self.flush()
+            self._judge()
 
     def flush(self) -> None:
         """Write the rows since the last flush as one shard."""
@@ -213,6 +222,23 @@ class Session:
         rows = self._buffer.take()
         if rows is not None:
             self._writer.write(rows)
+
+    def _judge(self) -> None:
+        """Ask the run to end, as a signal does, when all factors are settled. A run that cannot be judged goes on."""
+        if self._stability is None or self._settled:
+            return
+        try:
+            self._settled = self._stability.settled()
+        except ProbeError as error:
+            print(f"layerprobe: warning: layerprobe_stop_when_stable has no effect any more: {error}", flush=True)
+            self._stability = None
+            return
+        if self._settled:
+            print(
+                f"\nlayerprobe: at least {self.settings.stop_when_stable:.1%} of the bootstrap replicates of "
+                f"{self._stability.samples} samples agree with every factor: stopping after this step",
+                flush=True,
+            )
 
     def draw_sigmas(self, count: int, seed: int) -> np.ndarray:
         """The sigmas of the next `count` samples of this rank, (count,) float64 in [0, 1)."""
@@ -260,6 +286,11 @@ class Session:
             f"layerprobe: run folder {self.settings.directory}"
             + (f", goes on after {self.recorded} samples" if self.recorded else ""),
         ]
+        if self.settings.stop_when_stable:
+            lines.append(
+                f"layerprobe: ends by itself when every factor of the preset article is agreed by "
+                f"{self.settings.stop_when_stable:.1%} of the bootstrap replicates"
+            )
         lines += [f"layerprobe: switched off or overridden - {line}" for line in self.changed]
         return "\n".join(lines)
 

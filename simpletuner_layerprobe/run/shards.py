@@ -8,17 +8,18 @@ are ignored.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from simpletuner_layerprobe import ProbeError
@@ -40,6 +41,8 @@ MAX_INDEX = 999_999
 MAX_SHARD_BYTES = 1024 * 1024 * 1024  # a reader holds one whole shard
 MAX_HEADER_BYTES = 1024 * 1024
 MAX_BACKENDS = 32_767  # what an int16 can count
+BLOCK_ROWS = 2048  # rows that `Run.distances` holds at once
+_START_BYTES = 16 * 1024  # read at once: a shard's header takes about 1 KB
 
 _SHARD_NAME = re.compile(r"rank(\d{5})-(\d{6})\.safetensors")
 
@@ -54,6 +57,7 @@ _COLUMNS: dict[str, tuple[type[np.generic], str]] = {
     "backend": (np.int16, "I16"),
 }
 _DISTANCE_DTYPES = ("F32", "F64")
+_DTYPES: dict[str, np.dtype[Any]] = {name: np.dtype(dtype) for dtype, name in _COLUMNS.values()}
 
 
 @dataclass(frozen=True)
@@ -174,6 +178,38 @@ class Run:
         for path in self.shards:
             yield _read_shard(path, self.manifest, identity, sizes)
 
+    def distances(self, tokens: str) -> Iterator[tuple[NDArray[np.float64], dict[str, NDArray[Any]]]]:
+        """(sigma_N, stream -> (N, L) distances) of one reading, at most BLOCK_ROWS samples at a time.
+
+        A run is thousands of small shards, or a few large ones: both are read in blocks, and nothing but these columns
+        is read. Raises ProbeError naming a shard that is broken or another run's.
+        """
+        streams = [stream.name for stream in self.manifest.streams]
+        waiting: list[list[NDArray[Any]]] = []
+        count = 0
+        for columns in self._blocks(["sigma", *(tensor_name(stream, tokens) for stream in streams)]):
+            if waiting and count + len(columns[0]) > BLOCK_ROWS:
+                yield _joined(waiting, streams)
+                waiting, count = [], 0
+            waiting.append(columns)
+            count += len(columns[0])
+        if waiting:
+            yield _joined(waiting, streams)
+
+    def _blocks(self, names: list[str]) -> Iterator[list[NDArray[Any]]]:
+        """These tensors' rows, sigma the first of them, in pieces of one shard of at most BLOCK_ROWS rows."""
+        identity = self.manifest.identity()
+        sizes = stream_sizes(self.manifest)
+        for path in self.shards:
+            with _open_shard(path, identity, sizes) as shard:
+                for start in range(0, shard.header.count, BLOCK_ROWS):
+                    columns = [shard.read(name, start, BLOCK_ROWS) for name in names]
+                    try:
+                        _check_range("sigma", columns[0], 0, 1)
+                    except ProbeError as error:
+                        raise _bad_rows(path, error) from None
+                    yield columns
+
     def sample_count(self) -> int:
         """Number of samples, from the shards' headers alone. Raises ProbeError as `rows` does."""
         return sum(self.samples_per_rank().values())
@@ -185,8 +221,8 @@ class Run:
         counts: dict[int, int] = {}
         for path in self.shards:
             rank, _ = _rank_and_index(path)
-            with _open_shard(path, identity, sizes) as (_, count, _):
-                counts[rank] = counts.get(rank, 0) + count
+            with _open_shard(path, identity, sizes) as shard:
+                counts[rank] = counts.get(rank, 0) + shard.header.count
         return counts
 
     def size_bytes(self) -> int:
@@ -251,78 +287,166 @@ def stream_sizes(manifest: Manifest) -> dict[tuple[str, str], int]:
     return {(stream.name, tokens): len(stream.blocks) for stream in manifest.streams for tokens in manifest.tokens}
 
 
+@dataclass(frozen=True)
+class _Header:
+    """What a shard's header says. tensors: name -> (dtype, shape, first byte in the file)."""
+
+    count: int
+    backends: tuple[str, ...]
+    tensors: dict[str, tuple[np.dtype[Any], tuple[int, ...], int]]
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """An open shard whose header says that it is one of this run's."""
+
+    path: Path
+    file: BinaryIO
+    header: _Header
+
+    def read(self, name: str, start: int = 0, count: int | None = None) -> NDArray[Any]:
+        """Rows [start, start + count) of a tensor, all from `start` on without a count."""
+        dtype, shape, offset = self.header.tensors[name]
+        rows = shape[0] - start if count is None else min(count, shape[0] - start)
+        values = np.empty((rows, *shape[1:]), dtype)
+        if values.nbytes:
+            self.file.seek(offset + start * values.nbytes // rows)
+            if self.file.readinto(memoryview(values).cast("B")) != values.nbytes:  # type: ignore[attr-defined]
+                raise _broken(self.path, "is truncated or not safetensors (it became shorter while it was read)")
+        return values
+
+
 @contextmanager
-def _open_shard(
-    path: Path, identity: str, sizes: dict[tuple[str, str], int]
-) -> Iterator[tuple[Any, int, tuple[str, ...]]]:
-    """(safetensors file, N, backends) of a shard whose header says that it is one of this run's."""
+def _open_shard(path: Path, identity: str, sizes: dict[tuple[str, str], int]) -> Iterator[_Shard]:
     size_bytes = plain_file_size(path)
     if size_bytes > MAX_SHARD_BYTES:
         raise _broken(path, f"takes {size_bytes} bytes, at most {MAX_SHARD_BYTES} are read")
     try:
-        with open(path, "rb") as start:
-            header_bytes = _header_bytes(start.read(8))
-        # safetensors itself takes headers up to 100 MB. Claims beyond the file's end it refuses.
-        if header_bytes > MAX_HEADER_BYTES:
-            raise _broken(path, f"is not a shard (a header of {header_bytes} bytes, at most {MAX_HEADER_BYTES})")
-        with safe_open(path, framework="numpy") as file:
-            backends = _checked_metadata(path, file.metadata() or {}, identity)
-            yield file, _checked_count(path, file, sizes), backends
+        with open(path, "rb", buffering=0) as file:
+            start = file.read(_START_BYTES)
+            header_bytes = _header_bytes(start)
+            if header_bytes > MAX_HEADER_BYTES:
+                raise _broken(path, f"is not a shard (a header of {header_bytes} bytes, at most {MAX_HEADER_BYTES})")
+            if len(start) < 8 + header_bytes:
+                start += file.read(8 + header_bytes - len(start))
+            rank, _ = _rank_and_index(path)
+            try:
+                header = _header(start[8 : 8 + header_bytes], size_bytes, rank, identity, tuple(sizes.items()))
+            except ValueError as error:
+                raise _broken(path, str(error)) from None
+            yield _Shard(path, file, header)
     except OSError as error:
         raise _broken(path, f"cannot be read: {error.strerror or error}") from None
-    except SafetensorError as error:
-        raise _broken(path, f"is truncated or not safetensors ({error})") from None
 
 
-def _checked_metadata(path: Path, metadata: dict[str, str], identity: str) -> tuple[str, ...]:
+# The shards of a run have equal headers wherever they have as many rows.
+@lru_cache(maxsize=64)
+def _header(
+    data: bytes, size_bytes: int, rank: int, identity: str, sizes: tuple[tuple[tuple[str, str], int], ...]
+) -> _Header:
+    """The checked header of a shard file of `size_bytes` bytes. Raises ValueError saying what is wrong with it."""
+    metadata, tensors = _parse_header(data, size_bytes)
+    return _Header(
+        backends=_checked_metadata(metadata, rank, identity),
+        count=_checked_count(tensors, dict(sizes)),
+        tensors={
+            name: (_DTYPES[dtype], tuple(shape), 8 + len(data) + begin)
+            for name, (dtype, shape, begin) in tensors.items()
+        },
+    )
+
+
+def _parse_header(data: bytes, size_bytes: int) -> tuple[dict[str, str], dict[str, tuple[str, list[int], int]]]:
+    """(metadata, name -> (dtype, shape, first byte)) of a safetensors header, with the format's own checks.
+
+    Read here and not by safetensors, which takes several times longer for a shard of a few dozen rows. The tensors
+    must fill the file without gap or overlap. Raises ValueError.
+    """
+    try:
+        header = json.loads(data)
+        metadata = header.pop("__metadata__", {})
+        entries = sorted((*map(int, entry["data_offsets"]), name, entry) for name, entry in header.items())
+        tensors = {
+            name: (str(entry["dtype"]), list(map(int, entry["shape"])), begin) for begin, _, name, entry in entries
+        }
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(f"is truncated or not safetensors ({error})") from None
+    if not isinstance(metadata, dict):
+        raise ValueError("is truncated or not safetensors (its metadata is no object)")
+    position = 0
+    for begin, end, name, _ in entries:
+        dtype, shape, _ = tensors[name]
+        item_bytes = _DTYPES[dtype].itemsize if dtype in _DTYPES else None
+        if begin != position or min(shape, default=0) < 0:
+            raise ValueError(f"is truncated or not safetensors ({name!r:.80} is at byte {begin}, not {position})")
+        if end < begin or (item_bytes is not None and end - begin != math.prod(shape) * item_bytes):
+            raise ValueError(f"is truncated or not safetensors ({name!r:.80} takes {end - begin} bytes)")
+        position = end
+    if 8 + len(data) + position != size_bytes:
+        raise ValueError(
+            f"is truncated or not safetensors (it has {size_bytes} bytes, its header says {8 + len(data) + position})"
+        )
+    return metadata, tensors
+
+
+def _checked_metadata(metadata: dict[str, str], named_rank: int, identity: str) -> tuple[str, ...]:
     """The data backends, once the metadata says that this is a shard of this run and of its name's rank."""
     schema, rank = metadata.get("schema"), metadata.get("rank")
-    named_rank, _ = _rank_and_index(path)
     if schema != str(SCHEMA_VERSION):
-        raise _broken(path, f"has schema {schema!r:.40}, expected {str(SCHEMA_VERSION)!r}")
+        raise ValueError(f"has schema {schema!r:.40}, expected {str(SCHEMA_VERSION)!r}")
     if metadata.get("manifest") != identity:
-        raise _broken(path, "belongs to another run, or the manifest was changed")
+        raise ValueError("belongs to another run, or the manifest was changed")
     if rank != str(named_rank):
-        raise _broken(path, f"was written by rank {rank!r:.40}, its name says {named_rank}")
+        raise ValueError(f"was written by rank {rank!r:.40}, its name says {named_rank}")
     try:
         backends = json.loads(metadata.get("backends", ""))
-    except (ValueError, RecursionError):
+    except (ValueError, TypeError, RecursionError):
         backends = None
     if not isinstance(backends, list) or not all(isinstance(name, str) for name in backends):
-        raise _broken(path, "has no list of data backends")
+        raise ValueError("has no list of data backends")
     return tuple(backends)
 
 
-def _checked_count(path: Path, file: Any, sizes: dict[tuple[str, str], int]) -> int:
+def _checked_count(tensors: dict[str, tuple[str, list[int], int]], sizes: dict[tuple[str, str], int]) -> int:
     """The number of rows N, once every tensor's name, dtype and shape in the header is as it must be."""
     expected: dict[str, tuple[tuple[str, ...], list[int]]] = {
         name: ((dtype,), []) for name, (_, dtype) in _COLUMNS.items()
     }
     for key, blocks in sizes.items():
         expected[tensor_name(*key)] = (_DISTANCE_DTYPES, [blocks])
-    names = set(file.keys())
-    if names != expected.keys():
-        odd = min(names ^ expected.keys())
-        raise _broken(path, f"{'has an unknown' if odd in names else 'lacks the'} tensor {odd!r:.80}")
-    count: int = (file.get_slice("sigma").get_shape() or [0])[0]
+    if tensors.keys() != expected.keys():
+        odd = min(tensors.keys() ^ expected.keys())
+        raise ValueError(f"{'has an unknown' if odd in tensors else 'lacks the'} tensor {odd!r:.80}")
+    count = (tensors["sigma"][1] or [0])[0]
     for name, (dtypes, inner) in expected.items():
-        dtype, shape = file.get_slice(name).get_dtype(), file.get_slice(name).get_shape()
+        dtype, shape, _ = tensors[name]
         if dtype not in dtypes or shape != [count, *inner]:
             wanted = f"{' or '.join(dtypes)} {[count, *inner]}"
-            raise _broken(path, f"has {name} as {dtype} {shape}, expected {wanted}")
+            raise ValueError(f"has {name} as {dtype} {shape}, expected {wanted}")
     return count
 
 
+def _joined(
+    blocks: list[list[NDArray[Any]]], streams: list[str]
+) -> tuple[NDArray[np.float64], dict[str, NDArray[Any]]]:
+    sigma_N, *distances = blocks[0] if len(blocks) == 1 else map(np.concatenate, zip(*blocks, strict=True))
+    return sigma_N, dict(zip(streams, distances, strict=True))
+
+
 def _read_shard(path: Path, manifest: Manifest, identity: str, sizes: dict[tuple[str, str], int]) -> Rows:
-    with _open_shard(path, identity, sizes) as (file, _, backends):
-        columns = {f"{name}_N": file.get_tensor(name) for name in _COLUMNS}
-        distances = {key: file.get_tensor(tensor_name(*key)) for key in sizes}
-    rows = Rows(**columns, backends=backends, distances=distances)
+    with _open_shard(path, identity, sizes) as shard:
+        columns = {f"{name}_N": shard.read(name) for name in _COLUMNS}
+        distances = {key: shard.read(tensor_name(*key)) for key in sizes}
+    rows = Rows(**columns, backends=shard.header.backends, distances=distances)
     try:
         rows.validate(manifest)
     except ProbeError as error:
-        raise _broken(path, f"holds bad rows: {error}") from None
+        raise _bad_rows(path, error) from None
     return rows
+
+
+def _bad_rows(path: Path, error: ProbeError) -> ProbeError:
+    return _broken(path, f"holds bad rows: {error}")
 
 
 def _broken(path: Path, found: str) -> ProbeError:
@@ -361,9 +485,9 @@ def _check_same(path: Path, here: Manifest, run: Manifest) -> None:
 
 
 def _check_array(name: str, array: object, dtypes: tuple[type[np.generic], ...], shape: tuple[int, ...]) -> None:
-    wanted = f"{' or '.join(np.dtype(dtype).name for dtype in dtypes)} {shape}"
     assert isinstance(array, np.ndarray), name
-    if array.dtype not in [np.dtype(dtype) for dtype in dtypes] or array.shape != shape:
+    if array.dtype not in dtypes or array.shape != shape:
+        wanted = f"{' or '.join(np.dtype(dtype).name for dtype in dtypes)} {shape}"
         raise ProbeError(f"the rows' {name} is {array.dtype.name} {array.shape}; expected {wanted}")
 
 

@@ -1,0 +1,212 @@
+"""From recorded samples to factors: this package, and the article's notebook logic written plainly.
+
+The samples are made up with the shape of SD3.5 Large's run (38 image and 37 text distances); each measurement is a
+process of its own, and memory is its peak beyond what it had after its imports. Storage is measured on the same runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import bz2
+import gzip
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from measure import machine, save
+
+from simpletuner_layerprobe.analyse.contribution import article_contributions
+from simpletuner_layerprobe.analyse.heatmap import heatmaps
+from simpletuner_layerprobe.lokr.factors import article_factors
+from simpletuner_layerprobe.run.manifest import SCHEMA_VERSION, Manifest, Stream
+from simpletuner_layerprobe.run.shards import Rows, ShardWriter, create_run, open_run
+
+ARTICLE_SAMPLES = 174_008
+BLOCKS = {"image": 38, "text": 37}
+CRITICAL = [0, 31, 35]
+
+
+def write_run(folder: Path, samples: int, rows_per_shard: int, tokens: tuple[str, ...] = ("last",)) -> None:
+    """A run of noisy distances around a wavy level for each block."""
+    streams = tuple(
+        Stream(name, tuple(f"transformer_blocks.{index}" for index in range(count))) for name, count in BLOCKS.items()
+    )
+    manifest = Manifest(
+        schema=SCHEMA_VERSION,
+        family="sd3",
+        flavour="large",
+        model_class="SD3Transformer2DModel",
+        streams=streams,
+        tokens=tokens,
+        modules=(),
+        versions={},
+        settings={},
+        fingerprint="",
+        created="2026-01-01T00:00:00+00:00",
+        source="probe",
+    )
+    create_run(folder, manifest)
+    writer = ShardWriter(folder, manifest, rank=0)
+    random = np.random.default_rng(0)
+    for start in range(0, samples, rows_per_shard):
+        count = min(rows_per_shard, samples - start)
+        sigma_N = random.random(count)
+        distances: dict[tuple[str, str], Any] = {}
+        for name, blocks in BLOCKS.items():
+            level_L = 0.05 + 0.03 * np.sin(np.arange(blocks) / 2.3 + (name == "text"))
+            for reading in tokens:
+                noise_NL = random.random((count, blocks), dtype=np.float32)
+                distances[name, reading] = (level_L * (0.7 + 0.6 * sigma_N[:, None] * noise_NL)).astype(np.float32)
+        size_N = np.full(count, 1024, dtype=np.int32)
+        writer.write(
+            Rows(
+                sigma_N=sigma_N,
+                loss_N=np.full(count, 0.5, dtype=np.float32),
+                width_N=size_N,
+                height_N=size_N,
+                text_tokens_N=np.full(count, 77, dtype=np.int32),
+                caption_dropped_N=np.zeros(count, dtype=np.int8),
+                backend_N=np.zeros(count, dtype=np.int16),
+                backends=("photos",),
+                distances=distances,
+            )
+        )
+
+
+def factors_of_run(path: Path) -> list[int]:
+    streams = heatmaps(open_run(path))
+    return article_factors(article_contributions(streams).value_L, critical=CRITICAL).tolist()
+
+
+def factors_plainly(path: Path) -> list[int]:
+    """The article's notebook from its description: all records as Python objects, a list for each cell."""
+    with open(path) as file:
+        records = [json.loads(line) for line in file]
+    clipped = {}
+    for stream, weight in (("encoder_hidden_states", 1 / 3), ("hidden_states", 2 / 3)):
+        blocks = len(records[0][stream])
+        cells: list[list[list[float]]] = [[[] for _ in range(blocks)] for _ in range(10)]
+        for record in records:
+            row = cells[min(int(record["timestep"] * 10), 9)]
+            for block, value in enumerate(record[stream]):
+                row[block].append(value)
+        heatmap = np.array([[np.mean(cell) if cell else 0.0 for cell in row] for row in cells])
+        clipped[stream] = np.clip(heatmap, None, np.percentile(heatmap, 90)) * weight
+    combined = np.add(clipped["encoder_hidden_states"], clipped["hidden_states"][:, :-1]) / 2
+    average = combined.mean(axis=0)
+    inverted = 1 - (average - average.min()) / (average.max() - average.min())
+    factors = np.clip(np.round(inverted * 11 + 1), 1, 12).astype(int).tolist()
+    factors.append(factors[-1])
+    return [1 if index in CRITICAL else factor for index, factor in enumerate(factors)]
+
+
+def resident_bytes(field: str) -> int:
+    """This process' memory by Linux' account: VmRSS now, or VmHWM at its peak."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise ValueError(field)
+
+
+def child(way: str, path: Path) -> None:
+    """In a process of its own: one analysis, its seconds and memory as JSON."""
+    before = resident_bytes("VmRSS")
+    start = time.perf_counter()
+    factors = {"run": factors_of_run, "plain": factors_plainly, "import": import_and_factors}[way](path)
+    seconds = time.perf_counter() - start
+    extra = max(0, resident_bytes("VmHWM") - before)
+    print(json.dumps({"seconds": seconds, "extra_bytes": extra, "factors": factors}))
+
+
+def import_and_factors(path: Path) -> list[int]:
+    from simpletuner_layerprobe.run.jsonl import import_jsonl
+
+    with tempfile.TemporaryDirectory() as folder:
+        import_jsonl(path, Path(folder) / "run")
+        return factors_of_run(Path(folder) / "run")
+
+
+def measured(way: str, path: Path, times: int = 1) -> dict[str, Any]:
+    """The median process of `times`, of seconds; memory is the largest."""
+    runs = []
+    for _ in range(times):
+        command = [sys.executable, __file__, "--child", way, str(path)]
+        runs.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    runs.sort(key=lambda run: run["seconds"])
+    return {
+        "seconds": round(runs[times // 2]["seconds"], 3),
+        "fastest_seconds": round(runs[0]["seconds"], 3),
+        "extra_megabytes": round(max(run["extra_bytes"] for run in runs) / 1e6, 1),
+        "factors": runs[0]["factors"],
+    }
+
+
+def storage(folder: Path, jsonl: Path, samples: int) -> dict[str, float]:
+    """Bytes a sample, of one reading."""
+    text = jsonl.read_bytes()
+    part = b"".join(text.splitlines(keepends=True)[: min(samples, 20_000)])
+    lines = part.count(b"\n")
+    both = folder / "both"
+    write_run(both, 20_000, 4000, ("last", "mean"))
+    small = folder / "small"
+    write_run(small, 600, 30)
+    return {
+        "run folder, one reading": round(open_run(folder / "run").size_bytes() / samples, 1),
+        "run folder, each of two readings": round(open_run(both).size_bytes() / 20_000 / 2, 1),
+        "run folder, one reading, shards of 30 samples": round(open_run(small).size_bytes() / 600, 1),
+        "JSONL, shortest digits": round(len(text) / samples, 1),
+        "JSONL, gz": round(len(gzip.compress(part)) / lines, 1),
+        "JSONL, bz2": round(len(bz2.compress(part)) / lines, 1),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--samples", type=int, default=ARTICLE_SAMPLES)
+    parser.add_argument("--large", type=int, nargs="*", default=[1_000_000, 10_000_000])
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        child(arguments.child[0], Path(arguments.child[1]))
+        return
+    samples = arguments.samples
+    result: dict[str, Any] = {"machine": machine(), "samples": samples, "ways": {}}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_run(folder / "run", samples, 10_000)
+        write_run(folder / "shards", samples, 60)
+        jsonl = folder / "run.jsonl"
+        from simpletuner_layerprobe.run.jsonl import export_jsonl
+
+        export_jsonl(open_run(folder / "run"), jsonl)
+        runs = {
+            "run folder, shards of 10,000 samples": ("run", folder / "run", 5),
+            "run folder, shards of 60 samples": ("run", folder / "shards", 5),
+            "article's JSONL through import": ("import", jsonl, 1),
+            "article's JSONL, the notebook's logic written plainly": ("plain", jsonl, 1),
+        }
+        for label, (way, path, times) in runs.items():
+            result["ways"][label] = measured(way, path, times)
+            print(f"  {label}: {result['ways'][label]['seconds']} s", flush=True)
+        factors = [result["ways"][label].pop("factors") for label in runs]
+        # the second run folder has other random distances
+        result["same_factors"] = factors[0] == factors[2] == factors[3]
+        result["storage_bytes_per_sample"] = storage(folder, jsonl, samples)
+    result["slope"] = {}
+    for count in arguments.large:
+        with tempfile.TemporaryDirectory() as name:
+            write_run(Path(name) / "run", count, 100_000)
+            found = measured("run", Path(name) / "run", 1)
+        found.pop("factors")
+        result["slope"][str(count)] = found | {"microseconds_per_sample": round(found["seconds"] / count * 1e6, 3)}
+        print(f"  {count:,} samples: {found['seconds']} s", flush=True)
+    save("analysis", result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,208 @@
+"""One training step's forward in every way that is compared: bare, probed, trained, and as others measure.
+
+The peers' ways are written here from their description, for comparison only. They read the same block boundaries as
+the probe, through their own hooks.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from denoisers import Subject
+from torch.nn import functional as F
+
+from simpletuner_layerprobe.families import Block, find_blocks
+from simpletuner_layerprobe.record.observer import READINGS, Observer
+from simpletuner_layerprobe.record.rows import Facts, RowBuffer
+
+Step = Callable[[], object]
+Way = Callable[[Subject], Any]  # a context manager that gives the step
+
+
+@contextmanager
+def bare(subject: Subject) -> Iterator[Step]:
+    """The physical limit: the forward without autograd."""
+    yield torch.no_grad()(subject.forward)
+
+
+class Probe:
+    """The probe, as in a run: hooks, both readings of all streams, and the row kept for the next flush."""
+
+    def __init__(self, subject: Subject) -> None:
+        self.observer = Observer(subject.denoiser, subject.entry)
+        streams = self.observer.streams.items()
+        self.buffer = RowBuffer({(stream, reading): len(paths) for stream, paths in streams for reading in READINGS})
+        count = subject.count
+        self.facts = Facts([1024] * count, [1024] * count, [0] * count, ["images"] * count)
+        device = subject.batch["latents"].device
+        self.sigma_B = torch.full((count,), 0.5, device=device)
+        self.tokens_B = torch.full((count,), 77, device=device)
+        self.loss = torch.tensor(0.5, device=device)
+
+    @contextmanager
+    def __call__(self, subject: Subject) -> Iterator[Step]:
+        @torch.no_grad()
+        def step() -> None:
+            self.observer.begin(subject.batch)
+            subject.forward()
+            found = self.observer.finish()
+            self.buffer.append(found, self.sigma_B, self.tokens_B, self.loss, self.facts, subject.count)
+
+        with self.observer:
+            yield step
+
+
+def train(checkpointing: bool) -> Way:
+    """SimpleTuner's training step of an adapter: forward with autograd and backward through all (frozen) blocks.
+
+    Neither an adapter's own work nor the optimizer is in it, so a real training step is slower than this.
+    """
+
+    @contextmanager
+    def way(subject: Subject) -> Iterator[Step]:
+        denoiser = subject.denoiser
+        # The gradient reaches the first block's input, as it does with an adapter in the first block.
+        embedder = denoiser.pos_embed.proj if subject.entry.name == "sd3" else denoiser.x_embedder
+        leaf = embedder.bias
+        leaf.requires_grad_(True)
+        denoiser.train()
+        if checkpointing:
+            denoiser.enable_gradient_checkpointing()
+
+        def step() -> None:
+            leaf.grad = None
+            subject.forward().float().square().mean().backward()
+
+        try:
+            yield step
+        finally:
+            leaf.requires_grad_(False)
+            leaf.grad = None
+            denoiser.eval()
+            if checkpointing:
+                denoiser.disable_gradient_checkpointing()
+
+    return way
+
+
+@contextmanager
+def tapped(subject: Subject, see: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
+    """Call `see(stream, state)` with the state before the first block and after every block, for each stream."""
+    started: set[str] = set()
+
+    def enter(block: Block, arguments: dict[str, torch.Tensor]) -> None:
+        for seam in block.seams:
+            stream = seam.argument if len(block.seams) > 1 and seam.result is None else seam.stream
+            if stream not in started:
+                started.add(stream)
+                see(stream, arguments[seam.argument])
+
+    def leave(block: Block, output: Any) -> None:
+        seen = set()
+        for seam in block.seams:
+            stream = seam.argument if len(block.seams) > 1 and seam.result is None else seam.stream
+            if stream not in seen:
+                seen.add(stream)
+                see(stream, output if seam.result is None else output[seam.result])
+
+    def hook(stack: ExitStack, block: Block) -> None:
+        def before(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+            enter(block, kwargs)
+
+        def after(module: Any, args: Any, output: Any) -> None:
+            leave(block, output)
+
+        stack.callback(block.module.register_forward_pre_hook(before, with_kwargs=True).remove)
+        stack.callback(block.module.register_forward_hook(after).remove)
+
+    with ExitStack() as stack:
+        root = subject.denoiser.register_forward_pre_hook(lambda *_: started.clear())
+        stack.callback(root.remove)
+        blocks = find_blocks(subject.denoiser, subject.entry)
+        if subject.entry.name == "sd3":
+            module_name, name = blocks[0].entry.call.split(":")
+            module = importlib.import_module(module_name)
+            original = getattr(module, name)
+            by_id = {id(block.module): block for block in blocks}
+
+            def run(one: Any, *args: Any, **kwargs: Any) -> Any:
+                states = dict(zip(("hidden_states", "encoder_hidden_states"), args, strict=False)) | kwargs
+                enter(by_id[id(one)], states)
+                output = original(one, *args, **kwargs)
+                leave(by_id[id(one)], output)
+                return output
+
+            setattr(module, name, run)
+            stack.callback(setattr, module, name, original)
+        else:
+            for block in blocks:
+                hook(stack, block)
+        yield
+
+
+def published_distance(before_BSD: torch.Tensor, after_BSD: torch.Tensor) -> torch.Tensor:
+    """arccos(cos)/pi in the states' own dtype, with the usual clamp; (B, S)."""
+    cos = F.cosine_similarity(before_BSD, after_BSD, dim=-1).clamp(-1 + 1e-7, 1 - 1e-7)
+    return torch.acos(cos) / math.pi
+
+
+def kept(keep: Callable[[torch.Tensor], torch.Tensor]) -> Way:
+    """Keep every hidden state in some way, and take all distances after the forward."""
+
+    @contextmanager
+    def way(subject: Subject) -> Iterator[Step]:
+        states: dict[str, list[torch.Tensor]] = {}
+
+        @torch.no_grad()
+        def step() -> list[torch.Tensor]:
+            states.clear()
+            subject.forward()
+            pairs = (pair for stream in states.values() for pair in itertools.pairwise(stream))
+            found = [published_distance(before, after).mean(dim=1) for before, after in pairs]
+            states.clear()
+            return found
+
+        with tapped(subject, lambda stream, state: states.setdefault(stream, []).append(keep(state))):
+            yield step
+
+    return way
+
+
+@contextmanager
+def item_per_block(subject: Subject) -> Iterator[Step]:
+    """The last token's distance as a Python number after each block: the host waits for the device every time."""
+    previous: dict[str, torch.Tensor] = {}
+    found: list[float] = []
+
+    def see(stream: str, state: torch.Tensor) -> None:
+        if stream in previous:
+            found.append(published_distance(previous[stream][:, -1:], state[:, -1:]).mean().item())
+        previous[stream] = state
+
+    @torch.no_grad()
+    def step() -> list[float]:
+        previous.clear()
+        found.clear()
+        subject.forward()
+        return list(found)
+
+    with tapped(subject, see):
+        yield step
+
+
+def ways(subject: Subject) -> dict[str, Way]:
+    """Every way but the bare one, by its name in the tables."""
+    return {
+        "probe, both readings": Probe(subject),
+        "training step": train(checkpointing=False),
+        "training step, gradient checkpointing": train(checkpointing=True),
+        "keep all states on the device": kept(lambda state: state),
+        "clone all states to the CPU": kept(lambda state: state.detach().to("cpu", copy=True)),
+        ".item() per block": item_per_block,
+    }

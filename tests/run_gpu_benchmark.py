@@ -1,0 +1,13 @@
+"""Runs benchmarks/gpu.py on tiny shapes on the CPU, in a process that may import SimpleTuner. FOLDER is for its JSON."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+if __name__ == "__main__":
+    import gpu
+
+    gpu.main(["--device", "cpu", "--tiny", "--pairs", "3", "--out", sys.argv[1]])

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from failing import fails
+from synthetic_run import manifest, rows
+
+from simpletuner_layerprobe.analyse import stability as module
+from simpletuner_layerprobe.analyse.confidence import Tally, article_decision, confidence, tally
+from simpletuner_layerprobe.analyse.stability import Stability
+from simpletuner_layerprobe.lokr.factors import article_factors
+from simpletuner_layerprobe.run.shards import Rows, ShardWriter, create_run, open_run
+
+BLOCKS = {"image": tuple(f"blocks.{i}" for i in range(8)), "text": tuple(f"blocks.{i}" for i in range(7))}
+
+
+def draw(random: np.random.Generator, level: dict[str, np.ndarray], samples: int) -> Rows:
+    sigma_N = random.random(samples)
+    shared_N1 = random.standard_normal((samples, 1))
+    return rows(
+        sigma_N,
+        {
+            (stream, "last"): level_L * (0.7 + 0.6 * sigma_N[:, None])
+            + 0.03 * (random.standard_normal((samples, len(level_L))) + shared_N1)
+            for stream, level_L in level.items()
+        },
+    )
+
+
+def test_it_stops_with_the_factors_of_ten_times_the_samples(tmp_path: Path, monkeypatch) -> None:
+    """Eight models, recorded by two ranks until settled; each then recorded anew at ten times the length."""
+    monkeypatch.setattr(module, "COST", float("inf"))  # no waiting between two judgements
+    agree, stops = [], []
+    for model in range(8):
+        random = np.random.default_rng(model)
+        level = {stream: 0.05 + 0.25 * random.random(len(blocks)) for stream, blocks in BLOCKS.items()}
+        what = manifest(BLOCKS, tokens=("last",))
+        create_run(tmp_path / f"{model}", what)
+        writers = [ShardWriter(tmp_path / f"{model}", what, rank=rank) for rank in range(2)]
+        stability, samples, settled = Stability(tmp_path / f"{model}", 0.95), 0, False
+        while not settled and samples < 30_000:
+            count = max(30, samples // 20)
+            for writer in writers:
+                writer.write(draw(random, level, count))
+            samples += 2 * count
+            settled = stability.settled()
+            assert not settled or stability.samples == samples
+        if not settled:
+            continue
+        stops.append(samples)
+        found = tally(open_run(tmp_path / f"{model}")).bootstrap()
+        decide = article_decision(found.blocks, found.count_T, article_factors)
+        sure = confidence(found, decide)
+        assert sure.agreement_L.min() > 0.92  # other replicates than those that it stopped by
+        long = Tally(what)
+        long.add(draw(np.random.default_rng(1000 + model), level, 10 * samples))
+        truth = long.bootstrap(replicates=1).mean_TL
+        agree.append(decide({stream: mean_TL[None] for stream, mean_TL in truth.items()})[1][0] == sure.factor_L)
+    assert len(stops) >= 5 and min(stops) < 3000
+    assert np.mean([one.all() for one in agree]) >= 0.8 and np.mean(agree) >= 0.98
+
+
+def test_a_judgement_waits_for_samples_and_for_time(tmp_path: Path, monkeypatch) -> None:
+    level = {stream: np.linspace(0.1, 0.3, len(blocks)) for stream, blocks in BLOCKS.items()}
+    what = manifest(BLOCKS, tokens=("last",))
+    create_run(tmp_path, what)
+    writer, random = ShardWriter(tmp_path, what, rank=0), np.random.default_rng(0)
+    clock = [1000.0]
+
+    def now() -> float:
+        clock[0] += 0.5  # whatever is done takes half a second or more
+        return clock[0]
+
+    monkeypatch.setattr(module.time, "monotonic", now)
+    stability = Stability(tmp_path, 0.99)
+
+    def judged_at(seconds: float) -> int:
+        clock[0] += seconds
+        stability.settled()
+        return stability.samples
+
+    writer.write(draw(random, level, 99))
+    assert judged_at(0) == 0  # ten per bin is the least
+    writer.write(draw(random, level, 101))
+    assert judged_at(10) == 0  # even the look at the shards took half a second: a hundred times that must pass
+    assert judged_at(100) == 200
+    writer.write(draw(random, level, 19))
+    assert judged_at(300) == 200
+    writer.write(draw(random, level, 2))
+    assert judged_at(10) == 200
+    assert judged_at(100) == 221
+
+
+def test_an_empty_bin_never_settles(tmp_path: Path) -> None:
+    what = manifest({"image": ("a", "b", "c")}, tokens=("last",))
+    create_run(tmp_path, what)
+    distance_NL = np.tile([0.1, 0.2, 0.3], (2000, 1))
+    ShardWriter(tmp_path, what, rank=0).write(
+        rows(np.linspace(0, 0.9, 2000, endpoint=False), {("image", "last"): distance_NL})
+    )
+    assert not Stability(tmp_path, 0.5).settled()
+    ShardWriter(tmp_path, what, rank=0).write(rows([0.95] * 10, {("image", "last"): distance_NL[:10]}))
+    assert Stability(tmp_path, 0.5).settled()
+
+
+def test_a_broken_shard_is_named(tmp_path: Path) -> None:
+    what = manifest({"image": ("a", "b", "c")}, tokens=("last",))
+    create_run(tmp_path, what)
+    path = ShardWriter(tmp_path, what, rank=0).write(rows([0.5], {("image", "last"): np.ones((1, 3))}))
+    assert path is not None
+    path.write_bytes(b"broken")
+    with fails(str(path)):
+        Stability(tmp_path, 0.5).settled()

@@ -202,6 +202,12 @@ def _lokr(arguments: argparse.Namespace) -> int:
     # Without a module table and a family the records are taken for the article's model.
     targets = families.family(manifest.family if manifest.modules else manifest.family or "sd3").targets
     config = lokr_config.article_config(contribution.blocks, factors.tolist(), targets)
+    # Before the proof, which takes seconds.
+    if arguments.env is not None:
+        options = lokr_config.read_options(arguments.run)
+        lokr_config.plan_environment(arguments.env, options, config_dir=arguments.config_dir, force=arguments.force)
+    elif arguments.out is not None:
+        lokr_config.require_free([arguments.out], force=arguments.force)
     check = None
     if manifest.modules:
         from simpletuner_layerprobe.lokr.verify import verify

@@ -187,27 +187,49 @@ def environment(
     stays. Both files are written or neither. Raises ProbeError for a name that SimpleTuner does not find, for
     files that exist (unless `force`), and if the output_dir would be the probe's own.
     """
+    made = plan_environment(name, options, config_dir=config_dir, force=force)
+    own = {
+        "model_type": "lora",
+        "lora_type": "lycoris",
+        "lycoris_config": made.lycoris_config.as_posix(),
+        "output_dir": made.output_dir,
+    }
+    _write_files(
+        {
+            made.options: config_bytes(_follow_up_options(options, own)),
+            made.lycoris_config: config_bytes(lycoris_config),
+        },
+        force=force,
+    )
+    return made
+
+
+def plan_environment(
+    name: str,
+    options: Mapping[str, Any],
+    *,
+    config_dir: str | os.PathLike[str] = "config",
+    force: bool = False,
+) -> Environment:
+    """What `environment` makes of the same arguments. Writes nothing; raises ProbeError where that would refuse."""
     check_environment_name(name)
     folder = Path(config_dir) / name
-    paths = folder / OPTIONS_NAME, folder / LYCORIS_CONFIG_NAME
+    made = Environment(name, folder / OPTIONS_NAME, folder / LYCORIS_CONFIG_NAME, _sibling_output_dir(options, name))
     for other in _OTHER_OPTIONS_NAMES:
         if (folder / other).exists() and not force:
             raise ProbeError(
                 f"{folder / other} exists already, and SimpleTuner would read {OPTIONS_NAME} in its place; "
                 "choose another name or use --force"
             )
-    output_dir = _sibling_output_dir(options, name)
-    own = {
-        "model_type": "lora",
-        "lora_type": "lycoris",
-        "lycoris_config": paths[1].as_posix(),
-        "output_dir": output_dir,
-    }
-    _write_files(
-        {paths[0]: config_bytes(_follow_up_options(options, own)), paths[1]: config_bytes(lycoris_config)},
-        force=force,
-    )
-    return Environment(name, *paths, output_dir)
+    require_free([made.options, made.lycoris_config], force=force)
+    return made
+
+
+def require_free(paths: Iterable[str | os.PathLike[str]], *, force: bool = False) -> None:
+    """Raise ProbeError if one of these files exists, unless `force`."""
+    for path in paths:
+        if os.path.lexists(path) and not force:
+            raise ProbeError(f"{path} exists already; it is not overwritten without --force")
 
 
 def _levels(target: Target) -> list[tuple[int, str]]:
@@ -298,9 +320,8 @@ def _write_files(contents: Mapping[Path, bytes], *, force: bool) -> None:
 
     Raises ProbeError if one exists and `force` is off, or if the system refuses.
     """
+    require_free(contents, force=force)
     taken = [path for path in contents if os.path.lexists(path)]
-    if taken and not force:
-        raise ProbeError(f"{taken[0]} exists already; it is not overwritten without --force")
     folder = next(iter(contents)).parent
     made_folder = not folder.exists()
     temporary = {path: path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp") for path in contents}

@@ -1,6 +1,8 @@
 # make setup    .venv with SimpleTuner, this package and the development tools
 # make demo     the whole session on a tiny real pipeline: probe, heatmap, weighted config, follow-up training
 # make test     lint, types and all tests
+# make test-oldest   the tests against the real Trainer, on the oldest SimpleTuner supported, in .venv-oldest
+# make families      the README's support table, from the family tests' own results
 # make lint     ruff and mypy
 # make clean    removes everything that the above have made
 #
@@ -9,9 +11,10 @@
 SHELL = /bin/sh
 BIN = .venv/bin
 STAMP = .venv/layerprobe-setup
+OLDEST = 4.8.0
 export PYTHON
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test test-oldest families lint clean
 
 setup: $(STAMP)
 
@@ -31,7 +34,15 @@ lint: $(STAMP)
 test: lint
 	$(BIN)/pytest
 
+test-oldest:
+	@sed 's/^simpletuner==.*/simpletuner==$(OLDEST)/' constraints.txt > .venv-oldest.txt
+	@VENV=.venv-oldest CONSTRAINTS=.venv-oldest.txt sh tools/setup.sh
+	.venv-oldest/bin/pytest tests/test_record_seams.py tests/test_real_sd3.py tests/test_real_flux.py tests/test_real_run.py
+
+families: $(STAMP)
+	$(BIN)/python tools/families_table.py
+
 clean:
-	rm -rf .venv demo build dist simpletuner_layerprobe.egg-info
+	rm -rf .venv .venv-oldest .venv-oldest.txt demo build dist simpletuner_layerprobe.egg-info
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache debug.log
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

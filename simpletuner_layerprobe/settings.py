@@ -63,6 +63,14 @@ OPTIONS = (
         "0: num_train_epochs or max_train_steps decide.",
     ),
     Option(
+        "layerprobe_discover",
+        "Probe unknown model families",
+        "CHECKBOX",
+        False,
+        "For a model family that the probe does not know: guess its blocks and record their image stream. Text tokens "
+        "that share a sequence with the image count as image. Without this option such a family is refused.",
+    ),
+    Option(
         "layerprobe_flush_seconds",
         "Probe flush interval (seconds)",
         "NUMBER",
@@ -77,13 +85,15 @@ class ProbeSettings:
     """The checked options of one probe-only run.
 
     directory: the run folder. sigmas: one of SIGMA_MODES. samples: total number of samples of the run, 0 if the
-    epochs or max_train_steps decide. flush_seconds: seconds between two writes, above 0.
+    epochs or max_train_steps decide. flush_seconds: seconds between two writes, above 0. discover: whether to guess
+    the blocks of an unknown model family.
     """
 
     directory: str
     sigmas: str = "uniform"
     samples: int = 0
     flush_seconds: float = 30.0
+    discover: bool = False
 
     @classmethod
     def from_config(cls, config: Any) -> ProbeSettings | None:
@@ -96,6 +106,7 @@ class ProbeSettings:
             sigmas=_choice("layerprobe_sigmas", config.layerprobe_sigmas),
             samples=_whole_number("layerprobe_samples", config.layerprobe_samples),
             flush_seconds=_seconds("layerprobe_flush_seconds", config.layerprobe_flush_seconds),
+            discover=bool(config.layerprobe_discover),
         )
 
 

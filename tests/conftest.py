@@ -8,7 +8,12 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# Examples may take long on a busy machine; that says nothing about the code.
+hypothesis.settings.register_profile("steady", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("steady")
 
 TESTS = Path(__file__).parent
 EXAMPLES = TESTS.parent / "examples"

@@ -61,3 +61,17 @@ def webui_fields() -> None:
     }
     Path("fields.json").write_text(json.dumps(fields))
     sys.exit(0)
+
+
+def unknown_family() -> None:
+    """A probe whose table does not have Flux."""
+    from simpletuner_layerprobe import families
+
+    families.FAMILIES = tuple(entry for entry in families.FAMILIES if entry.name != "flux")
+
+
+def unknown_family_with_taps() -> None:
+    import taps
+
+    unknown_family()
+    taps.tap_flux()

@@ -569,7 +569,7 @@ def test_a_config_that_names_nothing_of_the_model_is_one_line(
     layerprobe: Callable[..., Result], tiny: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "other.json"
-    config = ARTICLE_CONFIG(["other.0"], [3], [lokr_config.Target("other", ("ff*",), ("*",))])
+    config = ARTICLE_CONFIG(["other.0"], [3], [lokr_config.Target("other.*", ("ff*",), ("*",))])
     path.write_text(json.dumps(config))
     shown = layerprobe("check-config", path, "--run", tiny)
     assert_one_line(shown, 1, "gives no module of this model an adapter")

@@ -108,7 +108,7 @@ def test_the_plan_gives_feed_forward_and_modulation_the_factor_and_attention_its
 
 
 def test_a_target_without_a_rule_for_everything_leaves_modules_out():
-    targets = [Target("blocks", ("ff*",), ("attn*",))]
+    targets = [Target("blocks.*", ("ff*",), ("attn*",))]
     modules = [linear("blocks.0.ff"), linear("blocks.0.attn"), linear("blocks.0.rest")]
     plan = article_plan(["blocks.0"], [2], targets, modules)
     assert [(planned.name, planned.factor) for planned in plan] == [("blocks.0.ff", 2), ("blocks.0.attn", 4)]

@@ -287,7 +287,7 @@ def small_table() -> tuple[Module, ...]:
 
 
 SMALL = small_table()
-SMALL_TARGETS = [Target("blocks", ("ff*",), ("*",))]
+SMALL_TARGETS = [Target("blocks.*", ("ff*",), ("*",))]
 SMALL_BLOCKS, SMALL_FACTORS = ["blocks.0", "blocks.1", "blocks.2"], [1, 2, 3]
 SMALL_PLAN = article_plan(SMALL_BLOCKS, SMALL_FACTORS, SMALL_TARGETS, SMALL)
 
@@ -362,7 +362,7 @@ def test_patterns_and_classes_that_match_nothing_are_told():
 
 def test_special_characters_in_a_block_path_are_taken_as_they_are():
     blocks = ["list[0].1", "list[0].10", "list*.1", "a?b.1"]
-    targets = [Target(name, ("ff*",), ("*",)) for name in ("list[0]", "list*", "a?b")]
+    targets = [Target(f"{name}.*", ("ff*",), ("*",)) for name in ("list[0]", "list*", "a?b")]
     modules = []
     for name, numbers_in in (
         ("list[0]", (1, 10)),

@@ -95,6 +95,7 @@ def test_the_options_are_in_the_webuis_training_tab(simpletuner, tiny):
         "layerprobe_dir",
         "layerprobe_sigmas",
         "layerprobe_samples",
+        "layerprobe_discover",
         "layerprobe_flush_seconds",
     ]
     assert fields["layerprobe_sigmas"]["choices"] == ["uniform", "stratified", "training"]

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from test_real_sd3 import assert_equal_to_reference
 
 from simpletuner_layerprobe.run.shards import Run, open_run
@@ -207,3 +206,21 @@ def test_a_quantised_base_model(simpletuner, tiny, precision):
     assert_equal_to_reference(folder, run, {"image": 6, "text": 5})
     shapes = {module.name: module.shape for module in run.manifest.modules}
     assert shapes["transformer_blocks.0.attn.to_q"] == (96, 96)
+
+
+def test_an_unknown_family_is_guessed_only_when_asked(simpletuner, tiny, tiny_flux):
+    folder = tiny(tiny_flux, max_train_steps=3)
+    result = simpletuner.run(folder, "tiny-probe", setup="setups.py:unknown_family")
+    assert_one_line_error(result, "'flux' is not supported", "layerprobe_discover")
+
+    set_options(folder, layerprobe_discover=True)
+    result = simpletuner.run(folder, "tiny-probe", setup="setups.py:unknown_family_with_taps")
+    assert result.code == 0, result.log[-4000:]
+    guessed = "transformer_blocks.*, single_transformer_blocks.*"
+    assert f"is not in the probe's table; guessed blocks: {guessed}" in result.log
+    run = run_of(folder)
+    assert [(stream.name, len(stream.blocks)) for stream in run.manifest.streams] == [("image", 7)]
+    assert run.manifest.settings["text"] == "unknown"
+    reference = np.load(folder / "reference.npz")
+    recorded = np.concatenate([rows.distances["image", "mean"] for rows in run.rows()])
+    np.testing.assert_allclose(recorded[:, :3], reference["image.mean"][:, :3], rtol=0, atol=2e-6)

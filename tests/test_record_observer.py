@@ -14,8 +14,8 @@ import torch
 from failing import fails
 from torch import nn
 
-from simpletuner_layerprobe.families import BlockList, Family, StreamSeam, family
-from simpletuner_layerprobe.record.observer import Observer, find_blocks, stream_blocks
+from simpletuner_layerprobe.families import BlockList, Family, StreamSeam, family, find_blocks, stream_blocks
+from simpletuner_layerprobe.record.observer import Observer
 
 
 def cosine_distances(states: list[torch.Tensor]) -> np.ndarray:
@@ -78,7 +78,7 @@ def test_double_and_joint_streams_in_both_readings():
     states: list[tuple[torch.Tensor, torch.Tensor]] = []
     with Observer(denoiser, family("flux")) as observer:
         assert {name: len(paths) for name, paths in observer.streams.items()} == {"image": 5, "text": 5}
-        observer.begin(mask)
+        observer.begin({}, mask)
         denoiser(image, encoder_hidden_states=text, keep=states)
         found = observer.finish()
     for stream, position, valid_BS in (("image", 0, np.ones((2, 15), dtype=bool)), ("text", 1, mask.numpy())):
@@ -123,8 +123,7 @@ class Denoiser(nn.Module):
 
 SMALL = Family(
     name="small",
-    blocks=(BlockList("blocks", (StreamSeam("image", "hidden_states", None),)),),
-    text_argument="",
+    blocks=(BlockList("blocks.*", (StreamSeam("image", "hidden_states"),)),),
     targets=(),
 )
 
@@ -135,7 +134,7 @@ def test_an_in_place_block_is_measured_against_what_it_got():
     states = [x, x + 0.5, x + 1.0, x + 1.5]
     with Observer(Denoiser(Add(), AddInPlace(), Add()), SMALL) as observer:
         for _ in range(2):  # in the first forward every block's input is copied, later only those that need it
-            observer.begin()
+            observer.begin({})
             observer.denoiser(x.clone())
             found = observer.finish()["image", "last"]
             np.testing.assert_allclose(found.numpy(), cosine_distances(states)[:, -1], rtol=0, atol=2e-7)
@@ -144,10 +143,10 @@ def test_an_in_place_block_is_measured_against_what_it_got():
 @torch.no_grad()
 def test_a_block_that_turns_in_place_later_is_refused():
     with Observer(Denoiser(Add(in_place_from=2)), SMALL) as observer:
-        observer.begin()
+        observer.begin({})
         observer.denoiser(torch.randn(1, 2, 4))
         observer.finish()
-        observer.begin()
+        observer.begin({})
         with fails("blocks.0 changed its input in place"):
             observer.denoiser(torch.randn(1, 2, 4))
 
@@ -155,7 +154,7 @@ def test_a_block_that_turns_in_place_later_is_refused():
 @torch.no_grad()
 def test_a_silent_block_is_named():
     with Observer(Denoiser(Add(), Add(), Add()), SMALL) as observer:
-        observer.begin()
+        observer.begin({})
         observer.denoiser(torch.randn(1, 2, 4), skip=1)
         with fails("1 of 3 block states were not reported in this step: blocks.1 (image)"):
             observer.finish()
@@ -167,7 +166,7 @@ def test_only_the_last_forward_counts_and_none_outside():
     first, second = torch.randn(1, 2, 4), torch.randn(1, 2, 4)
     with Observer(denoiser, SMALL) as observer:
         denoiser(first)
-        observer.begin()
+        observer.begin({})
         denoiser(first)
         denoiser(second)
         found = observer.finish()["image", "mean"]
@@ -191,7 +190,7 @@ def test_no_state_outlives_the_next_block():
         for _ in range(2):
             alive.clear()
             counts.clear()
-            observer.begin()
+            observer.begin({})
             observer.denoiser(torch.randn(1, 2, 4), watch=watch)
             observer.finish()
     assert max(counts) == 1  # the forward's own
@@ -222,8 +221,8 @@ def test_a_denoiser_of_another_family_is_refused():
 @torch.no_grad()
 def test_a_mask_of_another_length_is_refused():
     with Observer(FluxLike(), family("flux")) as observer:
-        observer.begin(torch.ones(1, 9, dtype=torch.bool))
-        with fails("text mask has shape (1, 9), the text stream (1, 7)"):
+        observer.begin({}, torch.ones(1, 9, dtype=torch.bool))
+        with fails("text mask is for 9 tokens and the text stream has 7"):
             observer.denoiser(torch.randn(1, 15, 6), encoder_hidden_states=torch.randn(1, 7, 6))
 
 

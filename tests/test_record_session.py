@@ -3,7 +3,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from simpletuner_layerprobe.families import family
 from simpletuner_layerprobe.record.fingerprint import fingerprint
 from simpletuner_layerprobe.record.session import Session
 from simpletuner_layerprobe.settings import ProbeSettings
@@ -12,7 +11,7 @@ from simpletuner_layerprobe.settings import ProbeSettings
 def session(tmp_path, monkeypatch, rank: int = 0, ranks: int = 1, **settings: object) -> Session:
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
-    return Session(ProbeSettings(directory=str(tmp_path / "run"), **settings), family("sd3"), {})  # type: ignore[arg-type]
+    return Session(ProbeSettings(directory=str(tmp_path / "run"), **settings), {})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("samples", "ranks"), [(10, 1), (10, 3), (2, 4), (0, 2)])

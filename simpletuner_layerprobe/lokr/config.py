@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from simpletuner_layerprobe import ProbeError
-from simpletuner_layerprobe.families import Target
+from simpletuner_layerprobe.families import Target, lies_at
 from simpletuner_layerprobe.run.manifest import Module
 
 LYCORIS_CONFIG_NAME = "lycoris_config.json"
@@ -245,18 +245,17 @@ def _block_targets(
     if len(set(blocks)) != len(blocks):
         twice = next(block for number, block in enumerate(blocks) if block in blocks[:number])
         raise ProbeError(f"block {twice!r} is named twice; expected each block once")
-    by_list = {target.blocks: target for target in targets}
     found = []
     for block, factor in zip(blocks, factors, strict=True):
         if factor < 1:
             raise ProbeError(f"the factor of block {block!r} is {factor}; expected 1 or more")
-        parent = block.rpartition(".")[0]
-        if parent not in by_list:
+        target = next((one for one in targets if lies_at(block, one.blocks)), None)
+        if target is None:
             raise ProbeError(
                 f"block {block!r} lies in none of the block lists that the config has rules for: "
-                f"{', '.join(by_list) or 'none'}"
+                f"{', '.join(one.blocks for one in targets) or 'none'}"
             )
-        found.append((block, int(factor), by_list[parent]))
+        found.append((block, int(factor), target))
     return found
 
 

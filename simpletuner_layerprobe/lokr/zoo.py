@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from simpletuner_layerprobe import ProbeError
-from simpletuner_layerprobe.families import FAMILIES, Family
+from simpletuner_layerprobe.families import Family, family, find_blocks, stream_blocks
 from simpletuner_layerprobe.run.manifest import Module, Stream
 from simpletuner_layerprobe.run.modules import module_table
 
@@ -117,13 +117,7 @@ def streams(model: nn.Module, family: Family) -> tuple[Stream, ...]:
 
     In SD3 the last block does not update the text; in Flux all blocks update both, the double blocks first.
     """
-    paths: dict[str, list[str]] = {}
-    for entry in family.blocks:
-        for number, block in enumerate(model.get_submodule(entry.path).children()):
-            for seam in entry.streams:
-                if not (seam.unless and getattr(block, seam.unless, False)):
-                    paths.setdefault(seam.stream, []).append(f"{entry.path}.{number}")
-    return tuple(Stream(name, tuple(blocks)) for name, blocks in paths.items())
+    return tuple(Stream(name, blocks) for name, blocks in stream_blocks(find_blocks(model, family)).items())
 
 
 def _config_path(path: Path) -> Path:
@@ -153,6 +147,6 @@ def _architecture(model_class: str, config: dict[str, Any], flavour: str, where:
     except Exception as error:
         said = " ".join(str(error).split()) or type(error).__name__
         raise ProbeError(f"diffusers cannot build {model_class} from {where}: {said}") from error
-    family = FAMILY_OF_CLASS.get(model_class, "")
-    known_streams = streams(model, FAMILIES[family]) if family else ()
-    return Architecture(family, flavour, model_class, module_table(model), known_streams)
+    name = FAMILY_OF_CLASS.get(model_class, "")
+    known_streams = streams(model, family(name, model_class)) if name else ()
+    return Architecture(name, flavour, model_class, module_table(model), known_streams)

@@ -112,8 +112,8 @@ def _field_registry(root: Path) -> Check:
 
 def _block_functions(root: Path) -> list[Check]:
     found = []
-    for family in FAMILIES.values():
-        for call in sorted({entry.call for entry in family.blocks if entry.call}):
+    for family in FAMILIES:
+        for call in sorted({entry.call for entry in family.blocks if ":" in entry.call}):
             module, function = call.split(":")
             path = root.parent.joinpath(*module.split(".")).with_suffix(".py")
             ok = path.exists() and function in _functions(path)

@@ -46,9 +46,9 @@ class Session:
     config, one line per reason. idle_parameter: the one parameter that the optimizer gets.
     """
 
-    def __init__(self, settings: ProbeSettings, family: Family, options: Mapping[str, Any]) -> None:
+    def __init__(self, settings: ProbeSettings, options: Mapping[str, Any]) -> None:
         self.settings = settings
-        self.family = family
+        self.family: Family
         self.options = dict(options)
         self.changed: list[str] = []
         self.idle_parameter: torch.nn.Parameter
@@ -62,7 +62,7 @@ class Session:
         self._drawn = 0
         self._stop_requested = False
         self._failed = False
-        self._armed: tuple[torch.Tensor, torch.Tensor | None, Facts] | None = None
+        self._armed: tuple[Mapping[str, Any], torch.Tensor, torch.Tensor | None, Facts] | None = None
         self._distances: dict[tuple[str, str], torch.Tensor] | None = None
         self._started = time.monotonic()
         self._flushed = self._started
@@ -169,9 +169,11 @@ class Session:
             data = json.dumps(self.options, indent=4).encode()
             write_new_file(path, lambda file: file.write(data + b"\n"))
 
-    def arm(self, sigma_B: torch.Tensor, text_mask_BS: torch.Tensor | None, facts: Facts) -> None:
-        """The next forward is the one of a training step, with these sigmas and facts."""
-        self._armed = (sigma_B, text_mask_BS, facts)
+    def arm(
+        self, batch: Mapping[str, Any], sigma_B: torch.Tensor, text_mask_BS: torch.Tensor | None, facts: Facts
+    ) -> None:
+        """The next forward is the one of a training step on `batch`, with these sigmas and facts."""
+        self._armed = (batch, sigma_B, text_mask_BS, facts)
 
     @contextmanager
     def forward(self) -> Iterator[None]:
@@ -179,7 +181,7 @@ class Session:
         if self.observer is None or self._armed is None or self._distances is not None:
             yield
             return
-        self.observer.begin(self._armed[1])
+        self.observer.begin(self._armed[0], self._armed[2])
         yield
         self._distances = self.observer.finish()
 
@@ -191,7 +193,7 @@ class Session:
         assert self._armed is not None
         if self._distances is None:
             raise ProbeError("the training step ran no forward of the model; there is nothing to record")
-        sigma_B, mask_BS, facts = self._armed
+        _, sigma_B, mask_BS, facts = self._armed
         count = len(sigma_B)
         sizes = {len(value) for value in self._distances.values()}
         if sizes != {count}:

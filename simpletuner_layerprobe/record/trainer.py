@@ -22,9 +22,12 @@ import torch
 from simpletuner_layerprobe import ProbeError, __version__, families
 from simpletuner_layerprobe.record import config as given
 from simpletuner_layerprobe.record import cpu, launch
+from simpletuner_layerprobe.record.noise import RULES as NOISE_RULES
+from simpletuner_layerprobe.record.noise import sigma_of
 from simpletuner_layerprobe.record.rows import Facts
 from simpletuner_layerprobe.record.seams import SEAMS, missing_seams, simpletuner_version
 from simpletuner_layerprobe.record.session import Session
+from simpletuner_layerprobe.record.tokens import positions
 from simpletuner_layerprobe.settings import ProbeSettings
 
 logger = logging.getLogger("SimpleTuner")
@@ -66,6 +69,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "xm_enabled": False,
         "nextlat_enabled": False,
         "self_transcendence_enabled": False,
+        "minimax_h3_reference_mode": "vanilla",
     },
     "no checkpoints": {
         "checkpoint_step_interval": None,
@@ -223,8 +227,9 @@ def start_session(trainer: Any, settings: ProbeSettings) -> Session:
             f"{refused[0]} is {getattr(config, refused[0])!r}; a probe-only run cannot work with it, "
             f"remove it from this config"
         )
-    family = families.family(config.model_family)
-    session = Session(settings, family, given.given_options())
+    if not settings.discover or families.is_known(config.model_family):
+        families.family(config.model_family)
+    session = Session(settings, given.given_options())
     changed = override(config)
     if config.seed is not None and session.recorded:
         # The loop starts from its first image again; other noise and crops make the samples new ones.
@@ -318,10 +323,10 @@ def _prepare_regularisation_parent_targets(original: Any, session: Session, self
 def _compute_model_prediction_loss(original: Any, session: Session, self: Any, prepared_batch: dict) -> Any:
     if session.observer is None:
         return original(self, prepared_batch)
-    sigma_B = noise_levels(prepared_batch)
-    text_mask_BS = text_mask(prepared_batch)
+    sigma_B = sigma_of(NOISE_RULES[session.family.noise], self.model, prepared_batch)
     text_tokens = text_length(prepared_batch)
-    session.arm(sigma_B, text_mask_BS, sample_facts(prepared_batch, len(sigma_B)))
+    count = len(sigma_B)
+    session.arm(prepared_batch, sigma_B, text_mask(prepared_batch, count), sample_facts(prepared_batch, count))
     with torch.no_grad():
         result = original(self, prepared_batch)
     session.commit(loss=result[2], text_tokens=text_tokens)
@@ -367,11 +372,13 @@ def train(original: Any, session: Session, self: Any) -> None:
         config.strict_epoch_limit = False
     versions = {name: importlib.metadata.version(name) for name in ("simpletuner", "torch", "diffusers")}
     denoiser = self.model.get_trained_component()
+    session.family = family_of(config, denoiser, session)
     with (
         session.recording(
             denoiser,
             flavour=str(config.model_flavour or ""),
-            run_settings={name: _plain(getattr(config, name, None)) for name in RUN_SETTINGS},
+            run_settings={name: _plain(getattr(config, name, None)) for name in RUN_SETTINGS}
+            | {"text": session.family.text, "noise": session.family.noise},
             versions={**versions, "simpletuner-layerprobe": __version__},
         ),
         _no_backward(self, session),
@@ -382,6 +389,22 @@ def train(original: Any, session: Session, self: Any) -> None:
         if session.rank == 0:
             print(session.start_text(str(self.accelerator.device)), flush=True)
         original(self)
+
+
+def family_of(config: Any, denoiser: torch.nn.Module, session: Session) -> families.Family:
+    """The table's entry for this denoiser, or a guess where the user asked for one. Raises ProbeError."""
+    name = config.model_family
+    if not session.settings.discover or families.is_known(name):
+        return families.family(name, type(denoiser).__name__)
+    guess = families.discover(denoiser, name, lambda module: list(positions(type(module).forward)))
+    if session.rank == 0:
+        print(
+            f"layerprobe: warning: model family {name!r} is not in the probe's table; guessed blocks: "
+            f"{', '.join(entry.path for entry in guess.blocks)}. Only the image stream is recorded, and text tokens "
+            f"that share its sequence count as image",
+            flush=True,
+        )
+    return guess
 
 
 @contextmanager
@@ -438,30 +461,26 @@ def _probe_sigmas(self: Any, session: Session) -> Iterator[None]:
     if session.settings.sigmas == "training":
         yield
         return
+    rule = NOISE_RULES[session.family.noise]
+    if rule.prescribe is None:
+        raise ProbeError(
+            f"layerprobe_sigmas is {session.settings.sigmas!r}, but model family {session.family.name!r} chooses its "
+            f"noise levels itself; set layerprobe_sigmas to 'training'"
+        )
     seed = int(session.options.get("seed", 0) or 0)
 
-    def sample_flow_sigmas(batch: dict, state: dict) -> tuple[torch.Tensor, torch.Tensor]:
-        sigmas = session.draw_sigmas(batch["latents"].shape[0], seed)
-        sigma_B = torch.from_numpy(sigmas).to(device=self.accelerator.device, dtype=torch.float32)
-        return sigma_B, sigma_B * 1000.0
+    def draw(count: int) -> torch.Tensor:
+        sigmas = torch.from_numpy(session.draw_sigmas(count, seed))
+        return sigmas.to(device=self.accelerator.device, dtype=torch.float32)
 
-    model.sample_flow_sigmas = sample_flow_sigmas
-    try:
+    with rule.prescribe(model, draw):
         yield
-    finally:
-        del model.sample_flow_sigmas
 
 
-def noise_levels(prepared_batch: dict) -> torch.Tensor:
-    """The sigma of each sample, (B,) in [0, 1], 1 = noise; the mean over tokens where they differ."""
-    sigmas = prepared_batch["sigmas"]
-    return sigmas.detach().float().reshape(sigmas.shape[0], -1).mean(dim=1).clamp(0, 1)
-
-
-def text_mask(prepared_batch: dict) -> torch.Tensor | None:
-    """True for the valid text tokens, (B, S); None if the batch has no mask."""
+def text_mask(prepared_batch: dict, count: int) -> torch.Tensor | None:
+    """True for the valid text tokens, (B, S); None if the batch has no mask with a row for each of `count` samples."""
     mask: Any = prepared_batch.get("encoder_attention_mask")
-    if not torch.is_tensor(mask):
+    if not torch.is_tensor(mask) or mask.shape[0] != count:
         return None
     return mask.reshape(mask.shape[0], -1) > 0.5
 
@@ -469,7 +488,7 @@ def text_mask(prepared_batch: dict) -> torch.Tensor | None:
 def text_length(prepared_batch: dict) -> int:
     """Number of text tokens of the batch, padding included; -1 if it has no text."""
     text: Any = prepared_batch.get("encoder_hidden_states")
-    return int(text.shape[1]) if torch.is_tensor(text) else -1
+    return int(text.shape[1]) if torch.is_tensor(text) and text.dim() > 1 else -1
 
 
 def sample_facts(prepared_batch: dict, count: int) -> Facts:

@@ -256,10 +256,12 @@ def test_the_base_model_is_untouched(session: Session) -> None:
 
 def test_the_probe_leaves_no_weights_but_its_shards(session: Session) -> None:
     output = session.folder / "output" / "tiny-probe"
-    files = [path.relative_to(output).as_posix() for path in output.rglob("*") if path.suffix in WEIGHTS]
-    assert files == ["layerprobe/shards/rank00000-000000.safetensors"]
+    files = sorted(path for path in output.rglob("*") if path.suffix in WEIGHTS)
+    # A slow machine needs more than the 30 seconds after which a shard is written.
+    shards = [output / "layerprobe" / "shards" / f"rank00000-{i:06d}.safetensors" for i in range(len(files))]
+    assert files == shards != []
     assert not list(output.rglob("*checkpoint*"))
-    with safe_open(output / files[0], "np") as file:
+    with safe_open(shards[0], "np") as file:
         columns = {name for name in file.keys() if not name.startswith("distance.")}  # noqa: SIM118
     stated = re.search(r"A shard holds N samples: (.*?), and\n", README, re.S)
     assert stated and columns == set(re.findall(r"`(\w+)`", stated[1]))
@@ -282,7 +284,10 @@ def test_the_python_example(session: Session) -> None:
     (code,) = blocks("python")
     done = subprocess.run([sys.executable, "-c", code], cwd=session.folder, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == "(120,) (120, 6)\n"
+    shapes = re.findall(r"^\((\d+),\) \((\d+), 6\)$", done.stdout, re.M)
+    assert len(shapes) == len(done.stdout.splitlines())
+    assert all(samples == rows for samples, rows in shapes)
+    assert sum(int(samples) for samples, _ in shapes) == 120
 
 
 # The rest of the README

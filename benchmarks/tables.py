@@ -25,8 +25,8 @@ def verdict(holds: bool) -> str:
 def about(machine: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     return (
-        f"{machine['date']}, {machine['system']}, {machine['cores']} cores, load {machine['load_at_start']} from others "
-        f"when it started, {machine['device']}, Python {machine['python']}, {versions}."
+        f"{machine['date']}, {machine['system']}, {machine['cores']} cores, load {machine['load_at_start']} from "
+        f"others when it started, {machine['device']}, Python {machine['python']}, {versions}."
     )
 
 
@@ -45,9 +45,24 @@ def overhead(result: dict[str, Any]) -> str:
     by_blocks = result["probe_extra_peak_bytes_by_blocks"]
     growth = ", ".join(f"{count} blocks {size / 1000:.1f} kB" for count, size in by_blocks.items())
     limits = [
-        ["probe step, clock", "1.03 of the bare forward", times(probe, "wall"), verdict(probe["wall"]["ratio"] <= 1.03)],
-        ["probe step, CPU time", "1.03 of the bare forward", times(probe, "cpu"), verdict(probe["cpu"]["ratio"] <= 1.03)],
-        ["extra peak memory", "2 states of a block", probe["extra_peak_states"], verdict(probe["extra_peak_states"] <= 2)],
+        [
+            "probe step, clock",
+            "1.03 of the bare forward",
+            times(probe, "wall"),
+            verdict(probe["wall"]["ratio"] <= 1.03),
+        ],
+        [
+            "probe step, CPU time",
+            "1.03 of the bare forward",
+            times(probe, "cpu"),
+            verdict(probe["cpu"]["ratio"] <= 1.03),
+        ],
+        [
+            "extra peak memory",
+            "2 states of a block",
+            probe["extra_peak_states"],
+            verdict(probe["extra_peak_states"] <= 2),
+        ],
         ["host synchronisations", "0", probe["syncs"], verdict(probe["syncs"] == 0)],
     ]
     return f"""## A step on a CPU
@@ -153,7 +168,8 @@ def startup(result: dict[str, Any]) -> str:
     simpletuner = result["import_simpletuner"]
     if simpletuner:
         add = simpletuner["added_ms"]
-        found = f"{add['median']} ms ({add['first_quartile']} to {add['third_quartile']}) of {simpletuner['without_seconds']} s"
+        spread = f"{add['first_quartile']} to {add['third_quartile']}"
+        found = f"{add['median']} ms ({spread}) of {simpletuner['without_seconds']} s"
         rows.append(["autoload, added to `import simpletuner`", "none set", found, ""])
     return f"""## Start-up
 

@@ -3,7 +3,7 @@
 #
 #     sh examples/demo.sh FOLDER      (FOLDER is made; simpletuner and layerprobe have to be on PATH)
 #
-# It runs on the CPU if there is no GPU, downloads nothing, and takes a few minutes, most of them SimpleTuner's imports.
+# It runs on the CPU if there is no GPU, downloads nothing, and takes about four minutes, most of them imports.
 set -eu
 
 if [ $# -ne 1 ]; then
@@ -39,18 +39,6 @@ layerprobe lokr "$run" --preset article --env tiny-weighted >table.txt
 cat table.txt
 try layerprobe check-config config/tiny-weighted/lycoris_config.json --run "$run" --differences
 
-# The weighted environment trains as long as the probe ran, one epoch. A few steps are enough to show it at work.
-announce "(config/tiny-weighted/config.json: max_train_steps 6, num_train_epochs 0, to keep the demo short)"
-python - config/tiny-weighted/config.json <<'EDIT'
-import json, sys
-
-path = sys.argv[1]
-with open(path, encoding="utf-8") as file:
-    options = json.load(file)
-options |= {"max_train_steps": 6, "num_train_epochs": 0}
-with open(path, "w", encoding="utf-8") as file:
-    json.dump(options, file, indent=2)
-EDIT
 try simpletuner train env=tiny-weighted
 
 echo

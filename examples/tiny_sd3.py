@@ -379,6 +379,7 @@ def make_pipeline(folder: Path, seed: int = 0, dual_attention: Sequence[int] = (
 def make_environment(folder: Path, name: str = "tiny-probe", **options: object) -> Path:
     """Writes config/NAME with the probe switched on; `options` add to config.json or replace what is there.
 
+    The probe records 120 samples; a training with the same options makes 12 steps.
     All paths in it are relative to `folder`, which has to be the current directory of `simpletuner train`.
     Returns the path of config.json.
     """
@@ -387,6 +388,7 @@ def make_environment(folder: Path, name: str = "tiny-probe", **options: object) 
     here = f"config/{name}"
     config = {
         "layerprobe": True,
+        "layerprobe_samples": 120,
         "model_type": "lora",
         "lora_type": "lycoris",
         "lycoris_config": f"{here}/lycoris_config.json",
@@ -400,8 +402,8 @@ def make_environment(folder: Path, name: str = "tiny-probe", **options: object) 
         "minimum_image_size": 0,
         "aspect_bucket_rounding": 2,
         "train_batch_size": 1,
-        "num_train_epochs": 1,
-        "max_train_steps": 0,
+        "num_train_epochs": 0,
+        "max_train_steps": 12,
         "caption_dropout_probability": 0.1,
         "learning_rate": 1e-4,
         "optimizer": "adamw_bf16",

@@ -275,6 +275,12 @@ def _lokr(arguments: argparse.Namespace) -> int:
             _warn(message)
         return _lokr_by_ranks(arguments, manifest, contribution, critical)
     # Without a module table and a family the records are taken for the article's model.
+    # Before the proof, which takes seconds.
+    if arguments.env is not None:
+        options = lokr_config.read_options(arguments.run)
+        lokr_config.plan_environment(arguments.env, options, config_dir=arguments.config_dir, force=arguments.force)
+    elif arguments.out is not None:
+        lokr_config.require_free([arguments.out], force=arguments.force)
     targets = families.family(
         manifest.family if manifest.modules else manifest.family or "sd3", manifest.model_class
     ).targets

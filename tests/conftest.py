@@ -56,15 +56,18 @@ def tiny_flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tiny(tiny_sd3: Path, tmp_path: Path) -> Callable[..., Path]:
-    """A function that copies the tiny pipeline and changes its probe config: `tiny(max_train_steps=4)`."""
+    """A function that copies the tiny pipeline and changes its probe config: `tiny(max_train_steps=4)`.
+
+    Without options the run is one epoch long.
+    """
 
     def copy(source: Path = tiny_sd3, **options: object) -> Path:
         folder = tmp_path / "tiny"
         shutil.copytree(source, folder)
         path = folder / "config" / "tiny-probe" / "config.json"
         config = json.loads(path.read_text())
-        if options.get("max_train_steps"):
-            config["num_train_epochs"] = 0
+        del config["layerprobe_samples"]
+        config |= {"max_train_steps": 0, "num_train_epochs": 0 if options.get("max_train_steps") else 1}
         config |= options
         path.write_text(json.dumps(config))
         return folder

@@ -16,6 +16,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
+from typing import TextIO
 
 TESTS = Path(__file__).parent
 # (dtype, gradient checkpointing as in the user's config)
@@ -24,6 +25,9 @@ RUNS = (("float32", False), ("bfloat16", False), ("float32", True))
 
 def main(names: list[str]) -> int:
     sys.path.insert(0, str(TESTS))
+    # SimpleTuner prints to stdout; the outcomes go to the real one.
+    lines = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     import simpletuner.helpers.training.trainer  # noqa: F401
     import torch
 
@@ -32,26 +36,22 @@ def main(names: list[str]) -> int:
         from simpletuner.helpers.configuration.cmd_args import get_argument_parser
 
         option = next(one for one in get_argument_parser()._actions if one.dest == "model_family")
-        print(json.dumps({"registry": sorted(option.choices)}))
+        print(json.dumps({"registry": sorted(option.choices)}), file=lines, flush=True)
     known = sorted(path.stem for path in (TESTS / "families").glob("*.py") if path.stem != "__init__")
     failed = False
     for name in names or known:
-        sys.stdout.flush()
         pid = os.fork()
         if pid == 0:
-            os._exit(run_family(name))
+            os._exit(run_family(name, lines))
         failed |= os.waitpid(pid, 0)[1] != 0
     return int(failed)
 
 
-def run_family(name: str) -> int:
+def run_family(name: str, lines: TextIO) -> int:
     import torch
     from family_case import run_case
 
     code = 0
-    # SimpleTuner prints to stdout; the outcomes go to the real one.
-    lines = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
     for case in importlib.import_module(f"families.{name}").CASES:
         for dtype, checkpointing in RUNS:
             where = {"family": case.family, "label": case.label or case.flavour, "dtype": dtype}

@@ -1,4 +1,4 @@
-"""Runs benchmarks/gpu.py on tiny shapes on the CPU, in a process that may import SimpleTuner. FOLDER is for its JSON."""
+"""Runs benchmarks/gpu.py on tiny shapes on the CPU, where SimpleTuner may be imported. FOLDER is for its JSON."""
 
 from __future__ import annotations
 

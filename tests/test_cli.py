@@ -481,6 +481,22 @@ def test_lokr_out_is_never_overwritten_unasked(layerprobe: Callable[..., Result]
     assert len(factors_in(out)) == 6
 
 
+def test_what_cannot_be_written_is_said_before_the_proof(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.json").write_text("mine")
+    (tmp_path / "config" / "taken").mkdir(parents=True)
+    (tmp_path / "config" / "taken" / "config.toml").write_text("seed = 1")
+    code = "import sys; from simpletuner_layerprobe.cli import main; main(sys.argv[1:]); print('torch' in sys.modules)"
+    for target in (["--out", "mine.json"], ["--env", "taken"], ["--env", "a.b"]):
+        shown = subprocess.run(
+            [sys.executable, "-c", code, "lokr", str(tiny), *target],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert shown.stdout == "False\n" and shown.stderr.count("\n") == 1, shown
+
+
 def test_an_environment_from_a_run_without_options_is_one_line(
     layerprobe: Callable[..., Result], tiny: Path, tmp_path: Path
 ) -> None:

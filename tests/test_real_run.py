@@ -162,7 +162,7 @@ def test_toml_and_command_line(simpletuner, tiny):
         ({"layerprobe_samples": "many"}, ["layerprobe_samples", "many"]),
         ({"layerprobe_flush_seconds": 0}, ["layerprobe_flush_seconds", "above 0"]),
         ({"layerprobe": "maybe"}, ["layerprobe is 'maybe'", "true or false"]),
-        ({"model_family": "sana"}, ["'sana'", "not supported", "sd3"]),
+        ({"model_family": "heartmula"}, ["'heartmula' cannot be probed", "no noise level"]),
         ({"controlnet": True}, ["controlnet", "remove it"]),
     ],
 )

@@ -104,6 +104,13 @@ def test_the_clipped_view_stops_at_the_95th_percentile_of_the_filled_cells() -> 
     assert hot[1] > 1.8 * hot[0]  # linear: block 0 is at the top of the scale; clipped: block 1 too
 
 
+def test_title_and_facts_end_before_the_edge_of_a_narrow_figure() -> None:
+    for model in ("", "a model with a name that is longer than a figure of two blocks is wide, and then some more"):
+        image = pixels(combination_figure(heatmap("combined", 2), model=model))
+        head = image[:90]
+        assert (head != 255).any() and (head[:, -15:] == 255).all()
+
+
 def test_cells_without_samples_are_marked_and_said_so() -> None:
     plain = streams_figure({"image": heatmap("image", 6)}, file_format="svg")
     holes = streams_figure({"image": heatmap("image", 6, empty=(0, 4))}, file_format="svg")

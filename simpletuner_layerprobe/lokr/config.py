@@ -236,6 +236,37 @@ def environment_of(
     As `environment` does it, for other adapters; an option that is None in `own` goes. Returns the path of config.json
     and the output_dir.
     """
+    folder = _free_folder(name, config_dir, force)
+    output_dir = _sibling_output_dir(options, name)
+    follow_up = _follow_up_options(options, {**own, "output_dir": output_dir})
+    contents = {OPTIONS_NAME: config_bytes(follow_up), **files}
+    _write_files({folder / file: data for file, data in contents.items()}, force=force)
+    return folder / OPTIONS_NAME, output_dir
+
+
+def plan_environment(
+    name: str,
+    options: Mapping[str, Any],
+    *,
+    config_dir: str | os.PathLike[str] = "config",
+    force: bool = False,
+) -> Environment:
+    """What `environment` makes of the same arguments. Writes nothing; raises ProbeError where that would refuse."""
+    folder = _free_folder(name, config_dir, force)
+    made = Environment(name, folder / OPTIONS_NAME, folder / LYCORIS_CONFIG_NAME, _sibling_output_dir(options, name))
+    require_free([made.options, made.lycoris_config], force=force)
+    return made
+
+
+def require_free(paths: Iterable[str | os.PathLike[str]], *, force: bool = False) -> None:
+    """Raise ProbeError if one of these files exists, unless `force`."""
+    for path in paths:
+        if os.path.lexists(path) and not force:
+            raise ProbeError(f"{path} exists already; it is not overwritten without --force")
+
+
+def _free_folder(name: str, config_dir: str | os.PathLike[str], force: bool) -> Path:
+    """The folder of a new environment. Raises ProbeError for a name or a folder that SimpleTuner would not read."""
     check_environment_name(name)
     folder = Path(config_dir) / name
     for other in _OTHER_OPTIONS_NAMES:
@@ -244,11 +275,7 @@ def environment_of(
                 f"{folder / other} exists already, and SimpleTuner would read {OPTIONS_NAME} in its place; "
                 "choose another name or use --force"
             )
-    output_dir = _sibling_output_dir(options, name)
-    follow_up = _follow_up_options(options, {**own, "output_dir": output_dir})
-    contents = {OPTIONS_NAME: config_bytes(follow_up), **files}
-    _write_files({folder / file: data for file, data in contents.items()}, force=force)
-    return folder / OPTIONS_NAME, output_dir
+    return folder
 
 
 def _levels(target: Target) -> list[tuple[int, str]]:
@@ -339,9 +366,8 @@ def _write_files(contents: Mapping[Path, bytes], *, force: bool) -> None:
 
     Raises ProbeError if one exists and `force` is off, or if the system refuses.
     """
+    require_free(contents, force=force)
     taken = [path for path in contents if os.path.lexists(path)]
-    if taken and not force:
-        raise ProbeError(f"{taken[0]} exists already; it is not overwritten without --force")
     folder = next(iter(contents)).parent
     made_folder = not folder.exists()
     temporary = {path: path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp") for path in contents}

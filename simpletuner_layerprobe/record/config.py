@@ -17,7 +17,7 @@ def install(loader: Any) -> None:
     """Wrap the parser that `simpletuner.helpers.configuration.loader` calls for every configuration backend.
 
     SimpleTuner reads either a config file or the command line. The probe's own options count in both places, so
-    that `simpletuner train env=NAME --layerprobe` never trains by mistake: those on the command line are added to
+    that `simpletuner train env=NAME layerprobe=true` never trains by mistake: those on the command line are added to
     the file's.
     """
     parse = loader.helpers["cmd"]

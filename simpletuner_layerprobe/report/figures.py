@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 FIGURE_CLIP_PERCENTILE = 95
 FORMATS = ("png", "svg")
+PIXELS_PER_INCH = 150
 
 _COLOUR_MAP = "viridis"  # monotone in lightness, and read alike with every common colour blindness
 _HEAD_INCHES = 0.62
@@ -183,7 +184,8 @@ def _heatmap_figure(
     file_format: str,
 ) -> bytes:
     """A grid of panels: one column per heatmap, called `what`, and one row per view."""
-    panel_width = float(np.clip(0.19 * len(blocks) + 1.2, 5.0, 9.0 if len(heatmaps) > 1 else 14.0))
+    narrowest, widest = (5.0, 9.0) if len(heatmaps) > 1 else (6.5, 14.0)
+    panel_width = float(np.clip(0.19 * len(blocks) + 1.2, narrowest, widest))
     with _style():
         figure = _new_figure(panel_width * len(heatmaps), 2.75 * len(_VIEWS) + 1.0)
         grid = figure.subplots(len(_VIEWS), len(heatmaps), squeeze=False, sharex=True, sharey=True)
@@ -352,24 +354,30 @@ def _new_figure(width: float, height: float) -> Figure:
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     layout = ConstrainedLayoutEngine(rect=(0.0, 0.0, 1.0, 1.0 - _HEAD_INCHES / height))
-    figure = Figure(figsize=(width, height), layout=layout, facecolor="white")
+    figure = Figure(figsize=(width, height), dpi=PIXELS_PER_INCH, layout=layout, facecolor="white")
     FigureCanvasAgg(figure)
     return figure
 
 
 def _head(figure: Figure, title: str, facts: Sequence[str]) -> None:
-    """Title and one line of facts, left-aligned above the panels."""
+    """Title and one line of facts, left-aligned above the panels, smaller where the figure is too narrow for them."""
     width, height = figure.get_size_inches()
     left = 0.12 / width
-    figure.text(left, 1 - 0.14 / height, title, fontsize=12.5, weight="bold", va="top", ha="left")
     line = "   ·   ".join(fact for fact in facts if fact)
-    figure.text(left, 1 - 0.40 / height, line, fontsize=9, color=_MUTED, va="top", ha="left")
+    for text in (
+        figure.text(left, 1 - 0.14 / height, title, fontsize=12.5, weight="bold", va="top", ha="left"),
+        figure.text(left, 1 - 0.40 / height, line, fontsize=9, color=_MUTED, va="top", ha="left"),
+    ):
+        room = (1 - 2 * left) * figure.bbox.width
+        needed = text.get_window_extent().width
+        if needed > room:
+            text.set_fontsize(text.get_fontsize() * room / needed)
 
 
 def _rendered(figure: Figure, file_format: str) -> bytes:
-    """The figure as PNG (150 dots per inch) or SVG, without dates or versions in it."""
+    """The figure as PNG (PIXELS_PER_INCH) or SVG, without dates or versions in it."""
     assert file_format in FORMATS, file_format
     metadata = {"Software": None} if file_format == "png" else {"Date": None, "Creator": None}
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=file_format, dpi=150, metadata=metadata)
+    figure.savefig(buffer, format=file_format, dpi=PIXELS_PER_INCH, metadata=metadata)
     return buffer.getvalue()

@@ -92,7 +92,7 @@ def import_jsonl(
                     streams=_streams(distances, block_paths, source_path),
                     tokens=(tokens,),
                     modules=tuple(modules),
-                    versions={"simpletuner_layerprobe": __version__},
+                    versions={"simpletuner-layerprobe": __version__},
                     settings={},
                     fingerprint="",
                     created=utc_now(),

@@ -32,7 +32,7 @@ from simpletuner_layerprobe.settings import OPTIONS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = ("doctor", "status", "heatmap", "lokr", "check-config", "import", "export")
+COMMANDS = ("doctor", "status", "heatmap", "findings", "report", "lokr", "check-config", "import", "export")
 RUN = "output/tiny-probe/layerprobe"
 SOME_LINES = "..."
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack"}
@@ -115,7 +115,7 @@ def pattern_of(shown: tuple[str, ...]) -> re.Pattern[str]:
             lines.append(r"(?:[^\n]*\n)*?")
             continue
         # Factors and parameters follow from the contributions, which differ: another test looks at the table.
-        numbers = rf"{measured}|(?<= )\d+(?= )" if "transformer_blocks." in line else measured
+        numbers = rf"{measured}|\d+(?=%)|(?<= )\d+(?= )" if "transformer_blocks." in line else measured
         parts = re.split(rf"({numbers}|\.\.\.|\s+)", line)
         kinds = [
             re.escape(part) if i % 2 == 0 else r"[^\n]*" if part == "..." else r"\s+" if part.isspace() else r"[\d.,]+"
@@ -168,7 +168,8 @@ class Row:
 def table(lines: str) -> dict[str, Row]:
     """The table of `layerprobe lokr`: block -> row."""
     number = r"\s+([\d.,]+)"
-    rows = re.findall(rf"^\s+\d+  (transformer_blocks\.\d+){number * 3}(.*)$", lines, re.M)
+    interval = r"(?:\s+[\d.]+ - [\d.]+\s+\d+%)"
+    rows = re.findall(rf"^\s+\d+  (transformer_blocks\.\d+){number * 3}{interval}(.*)$", lines, re.M)
     return {
         block: Row(float(value), int(factor), int(parameters.replace(",", "")), note.strip())
         for block, value, factor, parameters, note in rows
@@ -337,7 +338,7 @@ def test_the_options_table_is_complete_and_has_the_defaults() -> None:
     rows = re.findall(r"^\| `(layerprobe\w*)` \| (.*?) \| (.*?) \|", README, re.M)
     assert [name for name, _, _ in rows] == [option.name for option in OPTIONS]
     for (_, values, default), option in zip(rows, OPTIONS, strict=True):
-        shown = {"False": "false", "None": "<output_dir>/layerprobe", "30.0": "30"}
+        shown = {"False": "false", "None": "<output_dir>/layerprobe", "30.0": "30", "0.0": "0"}
         assert default.strip("`") == shown.get(str(option.default), str(option.default))
         assert all(f"`{choice}`" in values for choice, _ in option.choices)
 

@@ -13,7 +13,7 @@ import importlib.metadata
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -230,7 +230,7 @@ def start_session(trainer: Any, settings: ProbeSettings) -> Session:
     if not settings.discover or families.is_known(config.model_family):
         families.family(config.model_family)
     session = Session(settings, given.given_options())
-    changed = override(config)
+    changed = override(config, session.options)
     if config.seed is not None and session.recorded:
         # The loop starts from its first image again; other noise and crops make the samples new ones.
         config.seed = int(config.seed) + session.recorded
@@ -240,8 +240,8 @@ def start_session(trainer: Any, settings: ProbeSettings) -> Session:
     return session
 
 
-def override(config: Any) -> list[str]:
-    """Set OVERRIDES in the options. Returns a line per group in which a value differed."""
+def override(config: Any, options: Mapping[str, Any]) -> list[str]:
+    """Set OVERRIDES in the options. Returns a line per group in which one that the user gave had another value."""
     lines = []
     for reason, values in OVERRIDES.items():
         changed = []
@@ -249,7 +249,7 @@ def override(config: Any) -> list[str]:
             if not hasattr(config, name):
                 continue
             before = getattr(config, name)
-            if before != value and not (_is_off(before) and _is_off(value)):
+            if name in options and before != value and not (_is_off(before) and _is_off(value)):
                 changed.append(f"{name} (was {_short(before)})")
             setattr(config, name, value)
         if changed:

@@ -29,14 +29,23 @@ def test_a_signal_to_simpletuner_train_ends_with_code_0_and_the_last_line(tiny, 
     log = folder / "log.txt"
     with log.open("w") as output:
         process = subprocess.Popen(
-            ["simpletuner", "train", "env=tiny-probe"], cwd=folder, env=ENVIRONMENT, stdout=output, stderr=output
+            ["simpletuner", "train", "env=tiny-probe"],
+            cwd=folder,
+            env=ENVIRONMENT,
+            stdout=output,
+            stderr=output,
+            # Whoever runs the tests in the background leaves SIGINT ignored, and children inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
-        end = time.monotonic() + 240
-        while not list((folder / RUN / "shards").glob("*.safetensors")):
-            assert process.poll() is None and time.monotonic() < end, log.read_text(errors="replace")[-4000:]
-            time.sleep(0.2)
-        process.send_signal(number)
-        assert process.wait(timeout=120) == 0, log.read_text(errors="replace")[-4000:]
+        try:
+            end = time.monotonic() + 240
+            while not list((folder / RUN / "shards").glob("*.safetensors")):
+                assert process.poll() is None and time.monotonic() < end, log.read_text(errors="replace")[-4000:]
+                time.sleep(0.2)
+            process.send_signal(number)
+            assert process.wait(timeout=120) == 0, log.read_text(errors="replace")[-4000:]
+        finally:
+            process.kill()
     last = ANSI.sub("", log.read_text(errors="replace")).rstrip().splitlines()[-1]
     total = run_of(folder).sample_count()
     assert f"layerprobe: {total} samples in" in last and "samples/s" in last

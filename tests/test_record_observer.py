@@ -14,7 +14,16 @@ import torch
 from failing import fails
 from torch import nn
 
-from simpletuner_layerprobe.families import BlockList, Family, StreamSeam, family, find_blocks, stream_blocks
+from simpletuner_layerprobe.families import (
+    JOINT_TEXT_IMAGE,
+    TEXT_IMAGE,
+    BlockList,
+    Family,
+    StreamSeam,
+    family,
+    find_blocks,
+    stream_blocks,
+)
 from simpletuner_layerprobe.record.observer import Observer
 
 
@@ -76,7 +85,7 @@ def test_double_and_joint_streams_in_both_readings():
     mask = torch.ones(2, 7, dtype=torch.bool)
     mask[1, 4:] = False
     states: list[tuple[torch.Tensor, torch.Tensor]] = []
-    with Observer(denoiser, family("flux")) as observer:
+    with Observer(denoiser, DOUBLE_AND_JOINT) as observer:
         assert {name: len(paths) for name, paths in observer.streams.items()} == {"image": 5, "text": 5}
         observer.begin({}, mask)
         denoiser(image, encoder_hidden_states=text, keep=states)
@@ -86,6 +95,16 @@ def test_double_and_joint_streams_in_both_readings():
         np.testing.assert_allclose(found[stream, "last"].numpy(), angles_BSL[:, -1], rtol=0, atol=2e-7)
         mean_BL = np.stack([angles_BSL[sample][valid_BS[sample]].mean(0) for sample in range(2)])
         np.testing.assert_allclose(found[stream, "mean"].numpy(), mean_BL, rtol=0, atol=2e-7)
+
+
+DOUBLE_AND_JOINT = Family(
+    name="double and joint",
+    blocks=(
+        BlockList("transformer_blocks.*", TEXT_IMAGE),
+        BlockList("single_transformer_blocks.*", JOINT_TEXT_IMAGE),
+    ),
+    targets=(),
+)
 
 
 class AddInPlace(nn.Module):
@@ -203,10 +222,10 @@ def test_nothing_stays_behind():
         return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
     before = hooks(flux)
-    with Observer(flux, family("flux")):
+    with Observer(flux, DOUBLE_AND_JOINT):
         assert hooks(flux) > before
     assert hooks(flux) == before
-    with pytest.raises(RuntimeError, match="inside"), Observer(flux, family("flux")):
+    with pytest.raises(RuntimeError, match="inside"), Observer(flux, DOUBLE_AND_JOINT):
         raise RuntimeError("inside")
     assert hooks(flux) == before
 
@@ -220,7 +239,7 @@ def test_a_denoiser_of_another_family_is_refused():
 
 @torch.no_grad()
 def test_a_mask_of_another_length_is_refused():
-    with Observer(FluxLike(), family("flux")) as observer:
+    with Observer(FluxLike(), DOUBLE_AND_JOINT) as observer:
         observer.begin({}, torch.ones(1, 9, dtype=torch.bool))
         with fails("text mask is for 9 tokens and the text stream has 7"):
             observer.denoiser(torch.randn(1, 15, 6), encoder_hidden_states=torch.randn(1, 7, 6))

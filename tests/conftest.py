@@ -12,7 +12,9 @@ import hypothesis
 import pytest
 
 # Examples may take long on a busy machine; that says nothing about the code.
-hypothesis.settings.register_profile("steady", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.register_profile(
+    "steady", deadline=None, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 hypothesis.settings.load_profile("steady")
 
 TESTS = Path(__file__).parent

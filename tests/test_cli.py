@@ -84,7 +84,7 @@ def in_a_process(*arguments: str, **options: Any) -> subprocess.CompletedProcess
 
 def test_help_is_quick_and_imports_nothing_heavy() -> None:
     code = (
-        "import sys, simpletuner_layerprobe.cli as cli; cli._parser();"
+        "import sys, simpletuner_layerprobe.cli as cli; cli.parser();"
         "print(sorted({'numpy', 'torch', 'matplotlib', 'safetensors', 'lycoris'} & sys.modules.keys()))"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -27,7 +27,7 @@ import pytest
 from real import ANSI
 from safetensors import safe_open
 
-from simpletuner_layerprobe.cli import _parser
+from simpletuner_layerprobe.cli import parser
 from simpletuner_layerprobe.settings import OPTIONS
 
 ROOT = Path(__file__).parent.parent
@@ -296,7 +296,7 @@ def test_the_python_example(session: Session) -> None:
 
 def help_of(command: str, capsys: pytest.CaptureFixture[str]) -> str:
     with pytest.raises(SystemExit) as stop:
-        _parser().parse_args([command, "--help"])
+        parser().parse_args([command, "--help"])
     assert stop.value.code == 0
     return capsys.readouterr().out
 
@@ -316,7 +316,7 @@ def test_the_languages_of_the_blocks() -> None:
 def test_commands_that_are_not_run_can_be_parsed(line: str) -> None:
     program, *arguments = shlex.split(line)
     if program == "layerprobe":
-        assert _parser().parse_args(arguments).command
+        assert parser().parse_args(arguments).command
     elif program == "simpletuner":
         assert re.fullmatch(r"simpletuner train env=[\w-]+", line)
     else:

@@ -1,0 +1,1 @@
+"""One command of `layerprobe` per module; cli.py names them."""

@@ -1,0 +1,34 @@
+"""`layerprobe doctor`: is the probe active, and does it fit this SimpleTuner?"""
+
+from __future__ import annotations
+
+import argparse
+
+from simpletuner_layerprobe import ProbeError
+from simpletuner_layerprobe.commands.arguments import Add
+from simpletuner_layerprobe.commands.output import OK
+
+
+def add_parser(add: Add) -> None:
+    add(
+        "doctor",
+        command,
+        "say whether the probe is active and every part of SimpleTuner it needs is there",
+        "Exits with 1, and says what to do, if something is missing.",
+        "layerprobe doctor",
+    )
+
+
+def command(arguments: argparse.Namespace) -> int:
+    from simpletuner_layerprobe.record import doctor
+
+    found = doctor.checks()
+    width = max((len(check.name) for check in found), default=0)
+    for check in found:
+        print(f"{'ok' if check.ok else 'MISSING':<9}{check.name:<{width}}  {check.detail}")
+        if not check.ok:
+            print(f"{'':<9}{'':<{width}}  -> {check.remedy}")
+    missing = sum(not check.ok for check in found)
+    if missing:
+        raise ProbeError(f"{missing} of {len(found)} checks failed; what to do stands beside each (->)")
+    return OK

@@ -22,7 +22,7 @@ def main() -> None:
     import simpletuner.helpers.models.flux.model
     import simpletuner.helpers.models.sd3.model
     import simpletuner.helpers.training.trainer
-    import torch._dynamo  # noqa: F401
+    import torch._inductor.cudagraph_trees  # noqa: F401  imported by the first step of every training
 
     train = os.path.join(os.path.dirname(simpletuner.__file__), "train.py")
     lock = threading.Lock()

@@ -76,7 +76,7 @@ def test_a_signal_ends_the_run_with_all_rows_written(simpletuner, tiny, number):
     folder = tiny(max_train_steps=5000, layerprobe_flush_seconds=0.2)
     started = simpletuner.start(folder, "tiny-probe")
     started.wait_for("5000 [")
-    while not list((folder / RUN / "shards").glob("*.safetensors")):
+    while len(list((folder / RUN / "shards").glob("*.safetensors"))) < 2:
         time.sleep(0.1)
     os.kill(started.pid, number)
     result = started.result()
@@ -84,7 +84,6 @@ def test_a_signal_ends_the_run_with_all_rows_written(simpletuner, tiny, number):
     run = run_of(folder)
     assert 0 < run.sample_count() < 5000
     assert f"layerprobe: {run.sample_count()} samples in" in result.line("layerprobe: ")
-    assert len(run.shards) >= 2
 
 
 def test_everything_that_trains_is_switched_off(simpletuner, tiny):

@@ -1,6 +1,7 @@
 #!/bin/sh
 # Makes .venv with SimpleTuner, this package (editable) and the development tools, in the versions of constraints.txt.
-# uv installs in seconds what takes pip minutes; where uv cannot be had, pip does it.
+# uv installs in seconds what takes pip minutes; where uv cannot be had, pip does it. Bytecode is compiled at once, as pip
+# does: importing SimpleTuner takes minutes without it, and PYTHONDONTWRITEBYTECODE would make every process pay them.
 set -eu
 
 venv=${VENV:-.venv}
@@ -27,7 +28,7 @@ fi
 
 echo "installing SimpleTuner and the development tools into $venv (several GB, minutes the first time)"
 if "$uv" --version >/dev/null 2>&1; then
-    "$uv" pip install --quiet --python "$venv/bin/python" --constraints "$constraints" \
+    "$uv" pip install --quiet --compile-bytecode --python "$venv/bin/python" --constraints "$constraints" \
         --build-constraints "$constraints" --editable ".[dev]" && exit 0
     echo "uv failed (see above); trying pip" >&2
 fi

@@ -57,6 +57,7 @@ BLOCKS = st.lists(NAMES.filter(bool), min_size=1, max_size=4, unique=True).map(t
 MANIFESTS = st.builds(
     Manifest,
     schema=st.just(1),
+    extra=st.just(()),
     family=NAMES,
     flavour=NAMES,
     model_class=NAMES,
@@ -96,7 +97,8 @@ def test_a_module_table_of_sd35_large_size_stays_small(tmp_path: Path) -> None:
     write_manifest(tmp_path, replace(BASE, modules=modules))
     text = (tmp_path / "manifest.json").read_text()
     assert len(text) < 70 * len(names)
-    assert len(text.splitlines()) == len(fields(Manifest)) + 2  # one field per line, and the braces
+    # One field per line, and the braces; a run without further readings has no field for them.
+    assert len(text.splitlines()) == len(fields(Manifest)) - 1 + 2
     assert json.loads(text)["modules"][0] == [names[0], "Linear", [2432, 2432]]
 
 
@@ -134,7 +136,9 @@ def test_created_is_utc() -> None:
 @pytest.mark.parametrize(
     ("field", "value", "text"),
     [
-        ("schema", 2, "upgrade simpletuner-layerprobe"),
+        ("schema", 3, "upgrade simpletuner-layerprobe"),
+        ("schema", 2, "extra is (); expected at least one further reading in schema 2"),
+        ("extra", ("pair2_last",), "extra is ('pair2_last',); expected no further readings in schema 1"),
         ("schema", 0, "schema 0"),
         ("schema", True, "schema is True"),
         ("schema", "1", "schema is '1'"),
@@ -184,7 +188,9 @@ def test_each_bad_field_is_refused(field: str, value: Any, text: str) -> None:
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"schema": 7}, "schema 7; layerprobe 0.1.0 reads schema 1: upgrade"),
+        ({"schema": 7}, "schema 7; layerprobe 0.1.0 reads schema 1 and 2: upgrade"),
+        ({"schema": 2}, "the manifest lacks extra"),
+        ({"extra": []}, "unknown field 'extra'"),
         ({"schema": None}, "schema is None"),
         ({"extra": 1}, "unknown field 'extra'"),
         ({"streams": []}, "streams is []"),
@@ -280,6 +286,12 @@ def test_a_manifest_that_the_system_does_not_open(tmp_path: Path) -> None:
         ({"model_class": ""}, ["model_class: 'SD3Transformer2DModel' here, '' in the run"]),
         ({"fingerprint": "01"}, ["fingerprint: '00ff' here, '01' in the run"]),
         ({"tokens": ("last",)}, ["tokens: ('last', 'mean') here, ('last',) in the run"]),
+        (
+            {"schema": 2, "extra": ("update_norm_last",)},
+            [
+                "extra (layerprobe_residual, layerprobe_block_pairs): () here, ('update_norm_last',) in the run",
+            ],
+        ),
         ({"streams": BASE.streams[:1]}, ["streams: ('image', 'text') here, ('image',) in the run"]),
         (
             {"streams": (Stream("image", ("transformer_blocks.0", "x")), Stream("text", ("a", "b")))},
@@ -369,3 +381,41 @@ def test_temporary_names_are_known_again() -> None:
     assert temporary_name() != temporary_name()
     assert not is_temporary("manifest.json")
     assert not is_temporary("x.layerprobe-00.tmp")
+
+
+def test_further_readings_are_written_and_read_back(tmp_path: Path) -> None:
+    extra = ("update_norm_last", "update_cosine_mean", "pair2_mean")
+    manifest = replace(BASE, schema=2, extra=extra)
+    write_manifest(tmp_path, manifest)
+    back = read_manifest(tmp_path)
+    assert back == manifest and back.identity() == manifest.identity()
+    assert len({one.identity() for one in (BASE, manifest, replace(manifest, extra=extra[:1]))}) == 3
+    named = {stream.name: [reading.name for reading in back.readings(stream)] for stream in back.streams}
+    # the text stream has one block: there is no pair
+    assert named == {"image": ["last", "mean", *extra], "text": ["last", "mean", *extra[:2]]}
+
+
+@pytest.mark.parametrize(
+    ("extra", "text"),
+    [
+        (("mean",), "extra is 'mean'; expected the name of a further reading"),
+        (("pair1_last",), "'pair1_last'"),
+        (("pair02_last",), "'pair02_last'"),
+        (("update_norm",), "'update_norm'"),
+        ((2,), "extra is 2"),
+        (("pair3_last",), "extra is 'pair3_last'; expected a span of at most the 2 blocks of a stream"),
+        (("pair2_last", "pair2_last"), "naming 'pair2_last' twice"),
+        (["pair2_last"], "at least one further reading"),
+    ],
+)
+def test_other_further_readings_are_refused(extra: Any, text: str) -> None:
+    with fails(text):
+        replace(BASE, schema=2, extra=extra)
+
+
+def test_a_run_without_further_readings_has_the_bytes_that_it_always_had(tmp_path: Path) -> None:
+    write_manifest(tmp_path, BASE)
+    text = (tmp_path / "manifest.json").read_text()
+    assert text.startswith('{\n"schema": 1,\n"family": "sd3",\n') and "extra" not in text
+    # what version 0.1.0 made of it
+    assert BASE.identity() == "0aeaf047cc918b914a86e3273070dbb147f419a46b5109989781cc1821bf2c60"

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -15,8 +16,11 @@ from failing import fails, no_file_can_be_opened
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from simpletuner_layerprobe import ProbeError
+from simpletuner_layerprobe.run import shards
 from simpletuner_layerprobe.run.manifest import Manifest, Stream, read_manifest, temporary_name
 from simpletuner_layerprobe.run.shards import (
     MAX_HEADER_BYTES,
@@ -195,6 +199,21 @@ def test_two_writers_of_one_rank_lose_nothing(tmp_path: Path) -> None:
     assert len(run.shards) == 30
     assert run.sample_count() == 15 * 1 + 15 * 2
     assert len(os.listdir(tmp_path / "shards")) == 30
+
+
+def test_a_writer_that_is_alone_lists_the_folder_once(tmp_path: Path) -> None:
+    create_run(tmp_path, MANIFEST)
+    alone, other = (ShardWriter(tmp_path, MANIFEST, 0, alone=one) for one in (True, False))
+    taken = tmp_path / "shards" / "rank00000-000005.safetensors"
+    names = [path.name for path in (alone.write(some_rows(1)),) if path]
+    taken.touch()
+    names += [path.name for path in (alone.write(some_rows(1)), other.write(some_rows(1))) if path]
+    assert names == [FIRST, "rank00000-000001.safetensors", "rank00000-000006.safetensors"]
+    (tmp_path / "shards" / "rank00000-000002.safetensors").touch()
+    path = alone.write(some_rows(1))  # not so alone: it looks again, and replaces nothing
+    assert path is not None and path.name == "rank00000-000007.safetensors"
+    path = alone.write(some_rows(1))
+    assert path is not None and path.name == "rank00000-000008.safetensors"
 
 
 def test_many_ranks_make_one_run(tmp_path: Path) -> None:
@@ -396,14 +415,17 @@ IMAGE_LAST = "distance.image.last"
 
 
 def rewrite(shard: Path, metadata: Any = None, **tensors: Any) -> None:
-    """Put other tensors (None: leave it out) or metadata into a shard that stays well-formed safetensors."""
+    """Put other tensors (None: leave it out) or metadata into a shard that stays well-formed safetensors.
+
+    It has no checksums then, as those of the first versions.
+    """
     with open(shard, "rb") as file:
         header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
     changed = {**load_file(shard), **tensors}
     save_file(
         {name: tensor for name, tensor in changed.items() if tensor is not None},
         shard,
-        {**header["__metadata__"], **(metadata or {})},
+        {**{key: value for key, value in header["__metadata__"].items() if key != "crc32"}, **(metadata or {})},
     )
 
 
@@ -430,6 +452,9 @@ BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "huge tensor": (lambda shard: claim(shard, [1 << 40], 1 << 43), "truncated or not safetensors"),
     "overflowing tensor": (lambda shard: claim(shard, [1 << 62], 0), "truncated or not safetensors"),
+    "unknown metadata": (lambda shard: rewrite(shard, {"crc33": "0"}), "unknown metadata 'crc33'"),
+    "short checksums": (lambda shard: rewrite(shard, {"crc32": "0"}), "has 1 digits of checksums, not 96"),
+    "no checksums in them": (lambda shard: rewrite(shard, {"crc32": "?" * 96}), "has 0 digits of checksums, not 96"),
     "no metadata": (lambda shard: claim(shard, [0], 0), "has schema None, expected '1'"),
     "huge file": (lambda shard: os.truncate(shard, MAX_SHARD_BYTES + 1), "at most 1073741824 are read"),
     "newer schema": (lambda shard: rewrite(shard, {"schema": "2"}), "has schema '2', expected '1'"),
@@ -469,6 +494,63 @@ def test_a_broken_shard_is_refused_by_name(tmp_path: Path, how: str) -> None:
             read()
         assert FIRST in str(found.value)
         assert "move it out" in str(found.value)
+
+
+def test_a_flipped_bit_in_any_byte_is_noticed(tmp_path: Path) -> None:
+    run = some_run(tmp_path, 2)
+    list(run.rows())
+    data = run.shards[0].read_bytes()
+    with open(run.shards[0], "r+b", buffering=0) as file:
+        for place, byte in enumerate(data):
+            os.pwrite(file.fileno(), bytes([byte ^ 1 << place % 8]), place)
+            with pytest.raises(ProbeError, match=FIRST):
+                list(run.rows())
+            os.pwrite(file.fileno(), bytes([byte]), place)
+    list(run.rows())
+
+
+def test_a_flipped_bit_is_noticed_also_when_only_its_column_is_read_in_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "BLOCK_ROWS", 3)
+    run = some_run(tmp_path, 10)
+    assert sum(len(sigma_N) for sigma_N, _ in run.distances("last")) == 10
+    data = bytearray(run.shards[0].read_bytes())
+    width = struct.pack("<I", struct.unpack("<I", load_file(run.shards[0])["width"][:1].tobytes())[0])
+    data[data.index(width, 8)] ^= 1
+    run.shards[0].write_bytes(data)
+    list(run.distances("last"))  # reads no width
+    with fails("is damaged (the checksum of width does not fit its bytes)"):
+        list(run.rows())
+    value = load_file(run.shards[0])[IMAGE_LAST][9, 2:].tobytes()
+    data[data.index(value, 8)] ^= 1
+    run.shards[0].write_bytes(data)
+    assert len(list(run.distances("mean"))) == 4
+    with fails(f"is damaged (the checksum of {IMAGE_LAST} does not fit its bytes)"):
+        list(run.distances("last"))
+
+
+def test_shards_of_the_first_versions_have_no_checksums(tmp_path: Path) -> None:
+    run = some_run(tmp_path, 2, 3)
+    before = list(run.rows())
+    rewrite(run.shards[0])
+    for left, right in zip(before, run.rows(), strict=True):
+        assert_same(left, right)
+
+
+def test_equal_rows_make_equal_files_that_safetensors_reads(tmp_path: Path) -> None:
+    (first,), (second,) = (some_run(tmp_path / name, 4).shards for name in "ab")
+    assert first.read_bytes() == second.read_bytes()
+    (rows,) = open_run(tmp_path / "a").rows()
+    read = load_file(first)
+    expected = rows.columns() | {shards.tensor_name(*key): value for key, value in rows.distances.items()}
+    assert read.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert (read[name].dtype, read[name].tobytes()) == (tensor.dtype, tensor.tobytes())
+    with safe_open(first, "numpy") as file:
+        digits = file.metadata()["crc32"]
+    in_order = [expected[name] for name in sorted(expected)]
+    assert digits[8:] == "".join(f"{zlib.crc32(one.tobytes()):08x}" for one in in_order)
 
 
 @pytest.mark.parametrize(

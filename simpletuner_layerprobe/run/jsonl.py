@@ -12,12 +12,10 @@ import bz2
 import gzip
 import json
 import math
-import os
-import shutil
 import zlib
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simpletuner_layerprobe import ProbeError, __version__
+from simpletuner_layerprobe.run.folder import free_target, new_folder
 from simpletuner_layerprobe.run.manifest import (
     MAX_BLOCKS,
     READINGS,
@@ -34,7 +33,6 @@ from simpletuner_layerprobe.run.manifest import (
     Module,
     RunPath,
     Stream,
-    temporary_name,
     utc_now,
     write_new_file,
 )
@@ -73,14 +71,8 @@ def import_jsonl(
     if tokens not in READINGS:
         raise ProbeError(f"tokens is {tokens!r}; expected one of {', '.join(READINGS)}")
     source_path = Path(source)
-    target = Path(run_dir).resolve()
-    try:
-        taken = os.path.lexists(target) and (not target.is_dir() or bool(os.listdir(target)))
-    except OSError as error:
-        raise ProbeError(f"cannot look into {run_dir}: {error.strerror}") from None
-    if taken:
-        raise ProbeError(f"{run_dir} exists already and is not an empty folder; import into a new one")
-    with _open_records(source_path) as file, _new_folder(target) as staging:
+    target = free_target(run_dir, "import into")
+    with _open_records(source_path) as file, new_folder(target) as staging:
         writer: ShardWriter | None = None
         for sigma_N, distances in _blocks_of_records(file, source_path):
             if writer is None:
@@ -131,7 +123,7 @@ def export_jsonl(run: Run, file: RunPath, tokens: str = "last") -> tuple[int, in
 
     def write(raw: BinaryIO) -> None:
         nonlocal written, skipped
-        with _compressed(raw, path.suffix) as out:
+        with compressed(raw, path.suffix) as out:
             for rows in run.rows():
                 finite_N = np.ones(len(rows), dtype=bool)
                 for name in names:
@@ -151,25 +143,6 @@ def export_jsonl(run: Run, file: RunPath, tokens: str = "last") -> tuple[int, in
     except FileExistsError:
         raise ProbeError(f"{path} exists already; export to another name") from None
     return written, skipped
-
-
-@contextmanager
-def _new_folder(target: Path) -> Iterator[Path]:
-    """A temporary path beside `target`: the folder made there becomes `target`, or goes after an error."""
-    missing_parents = [parent for parent in target.parents if not os.path.exists(parent)]
-    staging = target.with_name(temporary_name())
-    try:
-        yield staging
-        try:
-            os.rename(staging, target)  # takes the place of an empty folder, refuses any other
-        except OSError as error:
-            raise ProbeError(f"cannot make the run folder {target}: {error.strerror}") from None
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        for parent in missing_parents:  # the deepest first
-            with suppress(OSError):  # never made, or somebody else uses it by now
-                parent.rmdir()
-        raise
 
 
 def _blocks_of_records(
@@ -324,7 +297,7 @@ def _open_records(source: Path) -> BufferedIOBase:
         raise ProbeError(f"cannot read {source}: {error.strerror}") from None
 
 
-def _compressed(raw: BinaryIO, suffix: str) -> AbstractContextManager[Any]:
+def compressed(raw: BinaryIO, suffix: str) -> AbstractContextManager[Any]:
     """A file that writes into `raw` and leaves it open at its end; the same records give the same bytes."""
     if suffix == ".gz":
         return gzip.GzipFile(filename="", mode="wb", compresslevel=6, fileobj=raw, mtime=0)

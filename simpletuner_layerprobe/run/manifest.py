@@ -11,6 +11,7 @@ import json
 import os
 import re
 import secrets
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,14 +19,17 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from simpletuner_layerprobe import ProbeError, __version__
+from simpletuner_layerprobe.run.readings import TOKENS, Reading, parse_reading
 
 SCHEMA_VERSION = 1
+EXTRA_SCHEMA = 2  # of a run with further readings: versions that do not know them refuse it
 MANIFEST_NAME = "manifest.json"
-READINGS = ("last", "mean")  # a distance is that of the last token, or the mean over the valid ones
+READINGS = TOKENS  # of the angular distances over one block
 SOURCES = ("probe", "import")
 
 MAX_MANIFEST_BYTES = 32 * 1024 * 1024  # SD3.5 Large's whole module table takes about 0.1 MB
 MAX_BLOCKS = 4096
+MAX_EXTRA = 1024
 MAX_MODULES = 200_000
 MAX_DIMENSIONS = 8
 MAX_TEXT = 4096  # characters of one name
@@ -68,6 +72,7 @@ class Manifest:
     both. modules: the denoiser's module table, empty if unknown. versions: package name -> version. settings:
     JSON values (a tuple becomes a list) that decide the recorded numbers. fingerprint: lower-case hex of the
     base model, "" if unknown. created: ISO time in UTC, told, not compared. source: "probe" or "import".
+    extra: the names of further readings (run/readings.py), in schema 2 alone.
     """
 
     schema: int
@@ -82,6 +87,7 @@ class Manifest:
     fingerprint: str
     created: str
     source: str
+    extra: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check_schema(self.schema)
@@ -92,6 +98,7 @@ class Manifest:
         for name in self.tokens:
             if name not in READINGS:
                 raise _bad("tokens", _show(name), "of " + ", ".join(READINGS))
+        _check_extra(self.extra, self.schema, max(len(stream.blocks) for stream in self.streams))
         _check_modules(self.modules)
         _check_mapping(self.versions, "versions")
         for package, version in self.versions.items():
@@ -115,9 +122,14 @@ class Manifest:
         known = ", ".join(stream.name for stream in self.streams)
         raise ProbeError(f"the run has no stream {name!r}; it has: {known}")
 
+    def readings(self, stream: Stream) -> tuple[Reading, ...]:
+        """Every reading that rows have of this stream: a pair's span is at most the number of its blocks."""
+        found = (parse_reading(name) for name in (*self.tokens, *self.extra))
+        return tuple(reading for reading in found if reading.span <= len(stream.blocks))
+
     def to_json(self) -> dict[str, Any]:
         """The manifest as JSON values; streams as {name: blocks}, modules as [name, type, shape] triples."""
-        return {
+        values: dict[str, Any] = {
             "schema": self.schema,
             "family": self.family,
             "flavour": self.flavour,
@@ -131,6 +143,9 @@ class Manifest:
             "created": self.created,
             "source": self.source,
         }
+        if self.extra:
+            values["extra"] = list(self.extra)
+        return values
 
     @staticmethod
     def from_json(value: object) -> Manifest:
@@ -141,7 +156,7 @@ class Manifest:
         if not isinstance(value, dict):
             raise ProbeError(f"the manifest is a {type(value).__name__}; expected a JSON object")
         _check_schema(value.get("schema"))
-        expected = ("schema", *_COMPARED, *_TOLD)
+        expected = ("schema", *_COMPARED, *_TOLD, *_further(value["schema"]))
         missing = [key for key in expected if key not in value]
         if missing:
             raise ProbeError(f"the manifest lacks {', '.join(missing)}; it is damaged or not the probe's")
@@ -157,6 +172,7 @@ class Manifest:
             Stream(name, _listed(blocks, f"streams.{name}", MAX_BLOCKS)) for name, blocks in streams.items()
         )
         fields["tokens"] = _listed(value["tokens"], "tokens", MAX_BLOCKS)
+        fields["extra"] = _listed(value.get("extra", []), "extra", MAX_EXTRA)
         fields["modules"] = tuple(_module(triple) for triple in modules)
         return Manifest(**fields)
 
@@ -169,6 +185,7 @@ class Manifest:
         lines = []
         for field in ("family", "flavour", "model_class", "tokens", "fingerprint"):
             lines += _difference(field, getattr(self, field), getattr(other, field))
+        lines += _difference("extra (layerprobe_residual, layerprobe_block_pairs)", self.extra, other.extra)
         here, there = ({stream.name: stream.blocks for stream in one.streams} for one in (self, other))
         if tuple(here) != tuple(there):
             lines += _difference("streams", tuple(here), tuple(there))
@@ -182,7 +199,7 @@ class Manifest:
     def identity(self) -> str:
         """SHA-256 (hex) of what `difference` compares: shards carry it, so that a foreign one is noticed."""
         values = self.to_json()
-        compared = [self.schema, *(values[field] for field in _COMPARED)]
+        compared = [self.schema, *(values[field] for field in (*_COMPARED, *_further(self.schema)))]
         return hashlib.sha256(json.dumps(compared, sort_keys=True).encode()).hexdigest()
 
 
@@ -222,7 +239,7 @@ def read_manifest(run_dir: RunPath) -> Manifest:
         raise ProbeError(f"{path} takes {size_bytes} bytes; a manifest has at most {MAX_MANIFEST_BYTES}")
     try:
         with open(path, "rb") as file:
-            value = json.loads(file.read(MAX_MANIFEST_BYTES), parse_constant=_refuse_constant)
+            value = json.loads(file.read(size_bytes), parse_constant=_refuse_constant)
     except OSError as error:
         raise ProbeError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
@@ -238,9 +255,13 @@ def plain_file_size(path: Path) -> int:
 
     A run folder is self-contained: what lies in it as a link could point anywhere.
     """
-    if os.path.islink(path) or not os.path.isfile(path):
+    try:
+        found = os.lstat(path)
+    except OSError:
+        found = None
+    if found is None or not stat.S_ISREG(found.st_mode):
         raise ProbeError(f"{path} is not a plain file; a run folder holds no links: put the file itself there")
-    return path.stat().st_size
+    return found.st_size
 
 
 def write_new_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -261,7 +282,7 @@ def write_new_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
             _publish(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except FileExistsError:
         raise
     except OSError as error:
@@ -291,7 +312,7 @@ def _publish(temporary: Path, path: Path) -> None:
         os.rename(temporary, path)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make the folder's new entry last through a power cut; only POSIX lets a folder be opened for that."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
@@ -317,14 +338,15 @@ def _show(value: object) -> str:
 def _check_schema(schema: object) -> None:
     if type(schema) is not int:
         raise _bad("schema", _show(schema), f"an integer such as {SCHEMA_VERSION}")
-    if schema > SCHEMA_VERSION:
+    if schema > EXTRA_SCHEMA:
         raise ProbeError(
-            f"the run has schema {schema}; layerprobe {__version__} reads schema {SCHEMA_VERSION}: "
+            f"the run has schema {schema}; layerprobe {__version__} reads schema {SCHEMA_VERSION} and {EXTRA_SCHEMA}: "
             "upgrade simpletuner-layerprobe to read it"
         )
     if schema < SCHEMA_VERSION:
         raise ProbeError(
-            f"the run has schema {schema}, which never was; layerprobe {__version__} reads {SCHEMA_VERSION}"
+            f"the run has schema {schema}, which never was; layerprobe {__version__} reads {SCHEMA_VERSION} "
+            f"and {EXTRA_SCHEMA}"
         )
 
 
@@ -371,6 +393,27 @@ def _check_streams(streams: object) -> None:
             if not block:
                 raise _bad(field, "naming a block ''", "block paths in the denoiser")
         _check_unique(stream.blocks, field)
+
+
+def _further(schema: int) -> tuple[str, ...]:
+    return ("extra",) if schema == EXTRA_SCHEMA else ()
+
+
+def _check_extra(extra: object, schema: int, blocks: int) -> None:
+    """Different names of further readings, each over at most `blocks` blocks: some if the schema has them, or none."""
+    if not isinstance(extra, tuple) or len(extra) > MAX_EXTRA or bool(extra) != (schema == EXTRA_SCHEMA):
+        wanted = "at least one further reading" if schema == EXTRA_SCHEMA else "no further readings"
+        raise _bad("extra", _show(extra), f"{wanted} in schema {schema}")
+    for name in extra:
+        try:
+            reading = parse_reading(name) if isinstance(name, str) else None
+        except ProbeError:
+            reading = None
+        if reading is None or name in READINGS:
+            raise _bad("extra", _show(name), "the name of a further reading")
+        if reading.span > blocks:
+            raise _bad("extra", _show(name), f"a span of at most the {blocks} blocks of a stream")
+    _check_unique(extra, "extra")
 
 
 def _check_modules(modules: object) -> None:

@@ -1,0 +1,80 @@
+"""Whether a training process stays as it is over 100,000 steps: memory, Python objects, threads, file handles, output.
+
+    python benchmarks/long_run.py [--steps 100000]
+
+The loop's own step on a small real SD3 transformer: a forward between `arm` and `commit` of the probe's session, which
+flushes, counts and writes shards as in a training. What it was after the first tenth is compared with the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import io
+import json
+import os
+import resource
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from denoisers import subject
+
+from simpletuner_layerprobe.record.rows import Facts
+from simpletuner_layerprobe.record.session import Session
+from simpletuner_layerprobe.run.shards import open_run
+from simpletuner_layerprobe.settings import ProbeSettings
+
+
+def state() -> dict[str, int]:
+    """This process now. resident_kilobytes by Linux' account."""
+    gc.collect()
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return {
+        "resident_kilobytes": pages * resource.getpagesize() // 1024,
+        "objects": len(gc.get_objects()),
+        "threads": threading.active_count(),
+        "files": len(os.listdir("/proc/self/fd")),
+    }
+
+
+def steps(folder: Path, count: int, flush_seconds: float) -> dict[str, Any]:
+    """Run `count` steps. Returns the `state` after each tenth of them, and the run's samples and shards."""
+    marks = [count * tenth // 10 for tenth in range(1, 11)]
+    states = []
+    torch.set_num_threads(1)
+    one = subject("sd3-tiny", 1, "cpu", torch.float32)
+    session = Session(ProbeSettings(directory=str(folder / "run"), flush_seconds=flush_seconds), {})
+    session.family = one.entry
+    facts = Facts([64], [64], [0], ["photos"])
+    log = io.StringIO()
+    with contextlib.redirect_stdout(log), torch.no_grad(), session.recording(one.denoiser, "", {}, {}):
+        for step in range(1, count + 1):
+            session.arm(one.batch, torch.rand(1), None, facts)
+            with session.forward():
+                loss = one.forward().square().mean()
+            session.commit(loss, text_tokens=5)
+            if step in marks:
+                states.append({"step": step} | state() | {"log_bytes": len(log.getvalue())})
+    run = open_run(folder / "run")
+    return {"states": states, "samples": run.sample_count(), "shards": len(run.shards)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=100_000)
+    parser.add_argument("--flush-seconds", type=float, default=0.5)
+    arguments = parser.parse_args()
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        found = steps(Path(folder), arguments.steps, arguments.flush_seconds)
+    found["seconds"] = round(time.perf_counter() - start, 1)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

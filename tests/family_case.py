@@ -33,6 +33,7 @@ from simpletuner_layerprobe.record.observer import Observer
 from simpletuner_layerprobe.record.trainer import text_mask
 
 BATCH = 2  # samples, with different text lengths
+LONGEST = 4  # blocks in a row whose distance is compared
 
 
 @dataclass
@@ -93,14 +94,30 @@ def taped_forwards(denoiser: nn.Module, kinds: Sequence[type], method: str = "fo
 
 
 def angles(before: Any, after: Any) -> np.ndarray:
-    """arccos(cos)/pi per token in float64; `before` and `after` of shape (..., D)."""
+    """Everything of each token in float64, as records: `before` and `after` (..., D) give an array (...).
+
+    angle: arccos(cos)/pi. norm: |after - before| / |before|. cosine: that of after - before and before. before, after:
+    the states themselves.
+    """
     u, v = (one.double().cpu().numpy() if torch.is_tensor(one) else one for one in (before, after))
-    cos = (u * v).sum(-1) / (np.sqrt((u * u).sum(-1)) * np.sqrt((v * v).sum(-1)))
-    return np.arccos(np.clip(cos, -1, 1)) / np.pi
+    found = np.empty(u.shape[:-1], dtype=[*TOKEN, ("before", "f8", u.shape[-1:]), ("after", "f8", v.shape[-1:])])
+    found["before"], found["after"] = u, v
+    found["angle"] = np.arccos(np.clip(cosines(u, v), -1, 1)) / np.pi
+    found["norm"] = np.sqrt(np.square(v - u).sum(-1) / np.square(u).sum(-1))
+    found["cosine"] = cosines(v - u, u)
+    return found
 
 
-# The reference of one stream: for each block path in order, for each sample, the angles of its tokens and which of
-# them count for the mean (None: all). The last one is the `last` reading.
+TOKEN = [("angle", "f8"), ("norm", "f8"), ("cosine", "f8")]
+
+
+def cosines(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    with np.errstate(invalid="ignore"):
+        return (u * v).sum(-1) / (np.sqrt((u * u).sum(-1)) * np.sqrt((v * v).sum(-1)))
+
+
+# The reference of one stream: for each block path in order, for each sample, the records of its tokens (`angles`) and
+# which of them count for the mean (None: all). The last one is the `last` reading.
 StreamReference = list[tuple[str, list[tuple[np.ndarray, np.ndarray | None]]]]
 
 
@@ -220,7 +237,11 @@ def make_model(case: Case, dtype: torch.dtype, denoiser: nn.Module) -> Any:
 
 @dataclass
 class Outcome:
-    """What one case showed in one dtype. deviation: stream.reading -> largest absolute difference."""
+    """What one case showed in one dtype. deviation: stream.reading -> largest absolute difference.
+
+    extra_deviation: the same of the further readings; that of a norm above 1 is relative. seams: pairs of blocks
+    without a distance.
+    """
 
     family: str
     label: str
@@ -228,6 +249,8 @@ class Outcome:
     dtype: str
     blocks: dict[str, int]
     deviation: dict[str, float]
+    extra_deviation: dict[str, float]
+    seams: int
     sigma_deviation: float
     prescribed_deviation: float | None
     adapted: int
@@ -260,7 +283,7 @@ def run_case(case: Case, dtype: torch.dtype, checkpointing: bool = False) -> Out
         expected = sigma_B if case.sigma is None else torch.as_tensor(case.sigma(prepared)).reshape(BATCH)
         sigma_deviation = float((sigma_B - expected).abs().max())
         before = {name: value.clone() for name, value in denoiser.state_dict().items() if torch.is_tensor(value)}
-        with Observer(denoiser, entry) as observer, case.tape(denoiser) as tape:
+        with Observer(denoiser, entry, residual=True, pairs=LONGEST) as observer, case.tape(denoiser) as tape:
             observer.begin(prepared, text_mask(prepared, BATCH))
             model.model_predict(prepared)
             found = observer.finish()
@@ -269,11 +292,11 @@ def run_case(case: Case, dtype: torch.dtype, checkpointing: bool = False) -> Out
     reference = case.reference(tape, prepared, denoiser)
     assert {stream: len(paths) for stream, paths in observer.streams.items()} == case.blocks
     assert set(reference) == set(observer.streams), f"streams {set(observer.streams)}"
-    deviation = {}
+    deviation, extra_deviation, seams = {}, {}, 0
     for stream, blocks in reference.items():
         assert tuple(path for path, _ in blocks) == observer.streams[stream], "not the blocks of the reference"
         present = [b for b in range(BATCH) if b not in case.absent.get(stream, ())]
-        last_BL = np.array([[samples[b][0][-1] for _, samples in blocks] for b in range(BATCH)])
+        last_BL = np.array([[samples[b][0]["angle"][-1] for _, samples in blocks] for b in range(BATCH)])
         mean_BL = np.array([[_mean(*samples[b]) for _, samples in blocks] for b in range(BATCH)])
         for reading, expected_BL in (("last", last_BL), ("mean", mean_BL)):
             values = found[stream, reading].double().numpy()
@@ -281,6 +304,17 @@ def run_case(case: Case, dtype: torch.dtype, checkpointing: bool = False) -> Out
             assert np.isfinite(expected_BL).all() and (mean_BL > 0)[present].all(), "the reference itself is degenerate"
             assert np.isnan(np.delete(values, present, axis=0)).all(), f"{stream}.{reading} of an absent sample"
             deviation[f"{stream}.{reading}"] = float(np.abs(values - expected_BL)[present].max(initial=0))
+        expected = further_readings([samples for _, samples in blocks])
+        assert {name for key, name in found if key == stream} == {"last", "mean", *expected}
+        for reading, expected_BC in expected.items():
+            values = found[stream, reading].double().numpy()
+            assert values.shape == expected_BC.shape, f"{stream}.{reading}: {values.shape}, not {expected_BC.shape}"
+            assert np.isnan(np.delete(values, present, axis=0)).all(), f"{stream}.{reading} of an absent sample"
+            values, expected_BC = values[present], expected_BC[present]
+            assert np.array_equal(np.isnan(values), np.isnan(expected_BC)), f"{stream}.{reading}: not the same pairs"
+            off_BC = np.abs(values - expected_BC) / np.maximum(1, np.abs(expected_BC))
+            extra_deviation[f"{stream}.{reading}"] = float(np.nanmax(off_BC, initial=0))
+            seams += int(np.isnan(expected_BC).any(axis=0).sum())
     adapted, wrong, unmatched = prove_targets(denoiser, entry, observer.streams)
     return Outcome(
         family=case.family,
@@ -289,6 +323,8 @@ def run_case(case: Case, dtype: torch.dtype, checkpointing: bool = False) -> Out
         dtype=str(dtype).removeprefix("torch."),
         blocks=case.blocks,
         deviation=deviation,
+        extra_deviation=extra_deviation,
+        seams=seams,
         sigma_deviation=sigma_deviation,
         prescribed_deviation=prescribed_deviation,
         adapted=adapted,
@@ -297,13 +333,43 @@ def run_case(case: Case, dtype: torch.dtype, checkpointing: bool = False) -> Out
     )
 
 
+def further_readings(blocks: list[list[tuple[np.ndarray, np.ndarray | None]]]) -> dict[str, np.ndarray]:
+    """The further readings of one stream, name -> (B, columns), from the records of its tokens in each block.
+
+    A pair is NaN where the stream does not keep its number of tokens and their width from the first block to the last.
+    """
+    columns: dict[str, list[float]] = {}
+    for number in range(len(blocks)):
+        for span in range(1, min(LONGEST, len(blocks) - number) + 1):
+            for samples in zip(*blocks[number : number + span], strict=True):
+                first, (last, valid) = samples[0][0], samples[-1]
+                if span == 1:
+                    moving = last["norm"] > 0
+                    counted = moving if valid is None else moving & valid
+                    columns.setdefault("update_norm_last", []).append(last["norm"][-1])
+                    columns.setdefault("update_norm_mean", []).append(_mean(last, valid, "norm"))
+                    columns.setdefault("update_cosine_last", []).append(last["cosine"][-1])
+                    columns.setdefault("update_cosine_mean", []).append(last["cosine"][counted].mean())
+                    continue
+                same = {(len(tokens), tokens.dtype) for tokens, _ in samples}
+                angle_S = np.full(len(last), np.nan)
+                if len(same) == 1:
+                    angle_S = np.arccos(np.clip(cosines(first["before"], last["after"]), -1, 1)) / np.pi
+                columns.setdefault(f"pair{span}_last", []).append(angle_S[-1])
+                columns.setdefault(f"pair{span}_mean", []).append((angle_S if valid is None else angle_S[valid]).mean())
+    return {name: np.reshape(values, (-1, BATCH)).T for name, values in columns.items()}
+
+
 def prove_targets(denoiser: nn.Module, entry: families.Family, streams: Mapping[str, Sequence[str]]) -> tuple[int, ...]:
     """The article's config for these blocks, built by LyCORIS: adapted modules, wrong ones, unmatched patterns.
 
-    The planner's config for half of its parameters is built as well; LyCORIS must make exactly what was counted.
+    The planner's config for half of its parameters is built as well, and plans by ranks for LoHa, LoCon (LyCORIS) and
+    LoRA (PEFT); each must be exactly what was counted. Budgets that are out of reach get the nearest end.
     """
     from simpletuner_layerprobe.lokr import planner
     from simpletuner_layerprobe.lokr.config import article_config, article_plan, planned_config
+    from simpletuner_layerprobe.lokr.lora import verify_lora
+    from simpletuner_layerprobe.lokr.ranks import rank_config, rank_plan, ranks_for_budget
     from simpletuner_layerprobe.lokr.verify import verify
     from simpletuner_layerprobe.run.modules import module_table
 
@@ -320,6 +386,22 @@ def prove_targets(denoiser: nn.Module, entry: families.Family, streams: Mapping[
     proof.require()
     assert proof.parameters == planned.reached and not proof.unmatched, "the planner counts otherwise than LyCORIS"
     assert len(proof.rows) == len(check.rows)
+    for budget in (1, 10**12):
+        end = planner.plan(groups, dict.fromkeys((planner.JOINT, *streams), value_L), budget)
+        assert end.reached == (end.least if budget == 1 else end.most) and abs(end.gap) == end.nearest
+    for algo in ("loha", "locon", "lora"):
+        least = sum(
+            one.parameters for one in rank_plan(algo, blocks, np.ones((len(blocks), 2)), entry.targets, modules)
+        )
+        ranks = ranks_for_budget(algo, 12 - 11 * value_L, value_L, blocks, entry.targets, modules, 3 * least)
+        by_rank = rank_plan(algo, blocks, ranks.rank_L2, entry.targets, modules)
+        if algo == "lora":
+            proof = verify_lora(by_rank, modules, model_class=type(denoiser).__name__)
+        else:
+            config = rank_config(algo, blocks, ranks.rank_L2, entry.targets, modules)
+            proof = verify(config, by_rank, modules, model_class=type(denoiser).__name__)
+        proof.require()
+        assert proof.parameters == ranks.reached > least and not proof.unmatched, f"{algo} is counted otherwise"
     return len(check.rows), len(check.wrong), len(check.unmatched)
 
 
@@ -339,8 +421,8 @@ def noise_share(prepared: Mapping[str, Any], frames: slice = slice(None)) -> tor
     return (((noisy - latents) * (noise - latents)).sum(1) / (noise - latents).square().sum(1)).float()
 
 
-def _mean(token_angles: np.ndarray, valid: np.ndarray | None) -> float:
-    return float(token_angles.mean() if valid is None else token_angles[valid].mean())
+def _mean(tokens: np.ndarray, valid: np.ndarray | None, value: str = "angle") -> float:
+    return float((tokens if valid is None else tokens[valid])[value].mean())
 
 
 def separate(

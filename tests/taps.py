@@ -1,7 +1,8 @@
 """The reference for real runs: hidden states taken by hooks on norm layers, distances in float64 numpy.
 
 It shares nothing with the observer: other hooks, on other modules, whole states kept, the article's formula.
-The functions run inside the training process (see simpletuner_server.py) and leave `reference.npz` behind.
+The functions run inside the training process (see simpletuner_server.py) and leave `reference.npz` behind, and
+`further.npz` with the readings of layerprobe_residual and layerprobe_block_pairs (LONGEST).
 """
 
 from __future__ import annotations
@@ -16,20 +17,45 @@ import numpy as np
 # One entry a forward: the states of each stream, (B, S, D) float64, before block 0, 1, ... and after the last.
 FORWARDS: list[dict[str, list[np.ndarray]]] = []
 MASKS: list[np.ndarray | None] = []
+LONGEST = 3
 
 
 def article_distances(states: list[np.ndarray], mask_BS: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """(last, mean) angular distances of consecutive states, each (B, L): arccos(cos)/pi in float64, no clamp."""
-    last, mean = [], []
-    for before_BSD, after_BSD in itertools.pairwise(states):
-        dot = (before_BSD * after_BSD).sum(-1)
-        cos = dot / (np.linalg.norm(before_BSD, axis=-1) * np.linalg.norm(after_BSD, axis=-1))
-        angle_BS = np.arccos(np.clip(cos, -1, 1)) / np.pi
-        last.append(angle_BS[:, -1])
-        if mask_BS is None:
-            mean.append(angle_BS.mean(-1))
-        else:
-            mean.append([row[valid].mean() for row, valid in zip(angle_BS, mask_BS, strict=True)])
+    return _readings([_angle(before, after) for before, after in itertools.pairwise(states)], mask_BS)
+
+
+def further_readings(
+    states: list[np.ndarray], mask_BS: np.ndarray | None = None
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Reading -> (last, mean) of consecutive states' updates, and of the angles over 2 .. LONGEST blocks."""
+    pairs = list(itertools.pairwise(states))
+    norms = [np.linalg.norm(after - before, axis=-1) / np.linalg.norm(before, axis=-1) for before, after in pairs]
+    found = {
+        "update_norm": _readings(norms, mask_BS),
+        "update_cosine": _readings([_cosine(after - before, before) for before, after in pairs], mask_BS),
+    }
+    for span in range(2, LONGEST + 1):
+        angles = [_angle(before, after) for before, after in zip(states, states[span:], strict=False)]
+        found[f"pair{span}"] = _readings(angles, mask_BS)
+    return found
+
+
+def _cosine(u_BSD: np.ndarray, v_BSD: np.ndarray) -> np.ndarray:
+    return (u_BSD * v_BSD).sum(-1) / (np.linalg.norm(u_BSD, axis=-1) * np.linalg.norm(v_BSD, axis=-1))
+
+
+def _angle(before_BSD: np.ndarray, after_BSD: np.ndarray) -> np.ndarray:
+    return np.arccos(np.clip(_cosine(before_BSD, after_BSD), -1, 1)) / np.pi
+
+
+def _readings(values: list[np.ndarray], mask_BS: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """(last, mean) of each (B, S) array, each (B, L)."""
+    last = [value_BS[:, -1] for value_BS in values]
+    if mask_BS is None:
+        mean = [value_BS.mean(-1) for value_BS in values]
+    else:
+        mean = [np.array([row[valid].mean() for row, valid in zip(one, mask_BS, strict=True)]) for one in values]
     return np.stack(last, 1), np.stack(mean, 1)
 
 
@@ -61,13 +87,18 @@ def _after_init(model_class: Any, tap: Callable[[Any], None]) -> None:
 
 def _write() -> None:
     out: dict[str, list[np.ndarray]] = {}
+    further: dict[str, list[np.ndarray]] = {}
     for number, forward in enumerate(FORWARDS):
         for stream, states in forward.items():
             mask = MASKS[number] if stream == "text" and MASKS else None
             last, mean = article_distances(states, mask)
             out.setdefault(f"{stream}.last", []).append(last)
             out.setdefault(f"{stream}.mean", []).append(mean)
-    np.savez("reference.npz", **{name: np.concatenate(values) for name, values in out.items()})
+            for reading, (last, mean) in further_readings(states, mask).items():
+                further.setdefault(f"{stream}.{reading}_last", []).append(last)
+                further.setdefault(f"{stream}.{reading}_mean", []).append(mean)
+    for file, found in (("reference.npz", out), ("further.npz", further)):
+        np.savez(file, **{name: np.concatenate(values) for name, values in found.items()})
 
 
 def tap_sd3() -> None:

@@ -1,11 +1,11 @@
-"""Heatmaps: the mean angular distance per sigma bin and block, one per stream.
+"""Heatmaps: the mean angular distance, or that of another reading, per sigma bin and block, one per stream.
 
-Shape letters: N samples, T bins, L blocks.
+Shape letters: N samples, T bins, L blocks, C columns of a reading, P blocks in a row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,16 +13,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simpletuner_layerprobe import ProbeError
+from simpletuner_layerprobe.run.readings import ANGLE, Reading, parse_reading
 
 if TYPE_CHECKING:
+    from simpletuner_layerprobe.run.manifest import Stream
     from simpletuner_layerprobe.run.shards import Run
 
 
 @dataclass(frozen=True)
 class Heatmap:
-    """One stream's mean angular distances.
+    """One stream's mean angular distances, or those of another reading of single blocks.
 
-    mean_TL: (T, L) float64, fractions of pi in [0, 1]; 0 where a cell has no sample, as in the article.
+    tokens: the reading's name. mean_TL: (T, L) float64, of an angle fractions of pi in [0, 1]; 0 where a cell has no
+    sample, as in the article, and NaN where no sample has the block's number (the cosine of an update of zero).
     count_T: (T,) int64, the samples that each row of cells is the mean of.
     nonfinite: samples left out of this stream because a distance was NaN or infinite.
     bins: T; the bins have equal widths over sigma 0 (clean) .. 1 (noise).
@@ -60,14 +63,17 @@ def bin_index(sigma_N: NDArray[np.floating], bins: int) -> NDArray[np.int64]:
 def heatmaps(run: Run, *, tokens: str = "last", bins: int = 10) -> dict[str, Heatmap]:
     """One heatmap per stream of a run, the image stream first, in one pass over the shards.
 
-    `tokens` is the reading: "last" (the article's) or "mean". Sums are taken in float64. A sample with a
-    non-finite distance anywhere in a stream is left out of that stream and counted.
+    `tokens` is the reading: "last" (the article's) or "mean", or a further one of single blocks (run/readings.py). Sums
+    are taken in float64. A sample with a non-finite distance anywhere in a stream is left out of that stream and
+    counted; of a reading that may lack a number (`Reading.complete`), only where it does.
     Raises ProbeError if the run has no samples or was not recorded with this reading.
     """
     manifest = run.manifest
-    if tokens not in manifest.tokens:
+    if tokens not in (*manifest.tokens, *(name for name in manifest.extra if parse_reading(name).span == 1)):
         raise ProbeError(f"{run.path} has no reading {tokens!r}; it has: {', '.join(manifest.tokens)} (see --tokens)")
-    streams = sorted(manifest.streams, key=lambda stream: stream.name != "image")
+    if not parse_reading(tokens).complete:
+        return _incomplete_heatmaps(run, parse_reading(tokens), bins)
+    streams = image_first(manifest.streams)
     sum_TL = {s.name: np.zeros((bins, len(s.blocks))) for s in streams}
     count_T = {s.name: np.zeros(bins, dtype=np.int64) for s in streams}
     nonfinite = {s.name: 0 for s in streams}
@@ -101,6 +107,86 @@ def heatmaps(run: Run, *, tokens: str = "last", bins: int = 10) -> dict[str, Hea
         )
         for s in streams
     }
+
+
+def _incomplete_heatmaps(run: Run, reading: Reading, bins: int) -> dict[str, Heatmap]:
+    run.require_samples()
+    means = _cell_means(run, reading, bins)
+    found = {}
+    for stream in image_first(run.manifest.streams):
+        mean_TL, count_T = means[stream.name]
+        mean_TL[count_T == 0] = 0.0
+        found[stream.name] = Heatmap(stream.name, reading.name, stream.blocks, mean_TL, count_T, 0, bins)
+    return found
+
+
+@dataclass(frozen=True)
+class PairHeatmap:
+    """One stream's mean angular distances over several blocks in a row.
+
+    mean_PL: (P, L) float64, fractions of pi: row n - 1 is for n blocks, column l for those from block l on. Each is the
+    mean over the sigma bins that have samples, with equal weights; NaN where there is no such pair. samples: how many
+    the run has.
+    """
+
+    stream: str
+    tokens: str
+    blocks: tuple[str, ...]
+    mean_PL: NDArray[np.float64]
+    samples: int
+
+
+def pair_heatmaps(run: Run, *, tokens: str = "last", bins: int = 10) -> dict[str, PairHeatmap]:
+    """One heatmap over pairs of blocks per stream, the image stream first. `tokens` is "last" or "mean".
+
+    Raises ProbeError if the run has no samples or was recorded without pairs.
+    """
+    manifest = run.manifest
+    found = (parse_reading(name) for name in (*manifest.tokens, *manifest.extra))
+    readings = [one for one in found if one.kind == ANGLE and one.tokens == tokens]
+    if not any(reading.span > 1 for reading in readings):
+        raise ProbeError(
+            f"{run.path} has no distances over several blocks ({tokens} tokens); a probe run records them with "
+            f"layerprobe_block_pairs"
+        )
+    run.require_samples()
+    samples = run.sample_count()
+    longest = max(reading.span for reading in readings)
+    mean_PL = {stream.name: np.full((longest, len(stream.blocks)), np.nan) for stream in image_first(manifest.streams)}
+    for reading in readings:
+        for name, (mean_TC, _) in _cell_means(run, reading, bins).items():
+            filled_TC = np.isfinite(mean_TC)
+            total_C = np.where(filled_TC, mean_TC, 0.0).sum(axis=0)
+            with np.errstate(invalid="ignore"):
+                mean_PL[name][reading.span - 1, : len(total_C)] = total_C / filled_TC.sum(axis=0)
+    return {
+        name: PairHeatmap(name, tokens, manifest.stream(name).blocks, values_PL, samples)
+        for name, values_PL in mean_PL.items()
+    }
+
+
+def _cell_means(run: Run, reading: Reading, bins: int) -> dict[str, tuple[NDArray[np.float64], NDArray[np.int64]]]:
+    """Stream -> (mean_TC of the finite numbers, NaN in a cell without one; count_T of samples) of a reading."""
+    sum_TC: dict[str, NDArray[np.float64]] = {}
+    number_TC: dict[str, NDArray[np.float64]] = {}
+    count_T = np.zeros(bins, dtype=np.int64)
+    for sigma_N, values in run.distances(reading.name):
+        bin_N = bin_index(sigma_N, bins)
+        count_T += np.bincount(bin_N, minlength=bins)
+        for name, value_NC in values.items():
+            C = value_NC.shape[1]
+            cell_NC = bin_N[:, None] * C + np.arange(C)
+            finite_NC = np.isfinite(value_NC)
+            for total_TC, weight_NC in ((sum_TC, np.where(finite_NC, value_NC, 0.0)), (number_TC, finite_NC)):
+                added_TC = np.bincount(cell_NC.ravel(), weights=weight_NC.ravel(), minlength=bins * C)
+                total_TC[name] = total_TC.get(name, 0.0) + added_TC.reshape(bins, C)
+    with np.errstate(invalid="ignore"):
+        return {name: (sum_TC[name] / number_TC[name], count_T) for name in sum_TC}
+
+
+def image_first(streams: Iterable[Stream]) -> list[Stream]:
+    """The streams in the order in which they are shown."""
+    return sorted(streams, key=lambda stream: stream.name != "image")
 
 
 def all_blocks(streams: Sequence[Sequence[str]]) -> tuple[str, ...]:

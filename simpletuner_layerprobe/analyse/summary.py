@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simpletuner_layerprobe.analyse.heatmap import bin_index
+from simpletuner_layerprobe.run.readings import parse_reading
 
 if TYPE_CHECKING:
     from simpletuner_layerprobe.run.shards import Run
@@ -20,8 +21,8 @@ class Summary:
     """Counts over a whole run.
 
     samples: rank -> samples. count_T: (T,) int64, samples per sigma bin. nonfinite: (stream, reading) ->
-    samples with a distance that is NaN or infinite, only where there are any. backends: data backend id ->
-    samples, "" for those whose backend is not known.
+    samples with a distance that is NaN or infinite, only where there are any; not of readings that may lack a number
+    (`Reading.complete`). backends: data backend id -> samples, "" for those whose backend is not known.
     """
 
     samples: dict[int, int]
@@ -39,6 +40,8 @@ def summary(run: Run, *, bins: int = 10) -> Summary:
     for rows in run.rows():
         count_T += np.bincount(bin_index(rows.sigma_N, bins), minlength=bins)
         for key, distance_NL in rows.distances.items():
+            if not parse_reading(key[1]).complete:
+                continue
             nonfinite[key] += int(np.count_nonzero(~np.isfinite(distance_NL).all(axis=1)))
         for index, count in zip(*np.unique(rows.backend_N, return_counts=True), strict=True):
             backends[rows.backends[index] if index >= 0 else ""] += int(count)

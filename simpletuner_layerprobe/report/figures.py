@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simpletuner_layerprobe.analyse.heatmap import Heatmap, all_blocks, bin_edges
+from simpletuner_layerprobe.analyse.heatmap import Heatmap, PairHeatmap, all_blocks, bin_edges
+from simpletuner_layerprobe.run.readings import UPDATE_COSINE, UPDATE_NORM, parse_reading
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,6 +28,7 @@ FORMATS = ("png", "svg")
 PIXELS_PER_INCH = 150
 
 _COLOUR_MAP = "viridis"  # monotone in lightness, and read alike with every common colour blindness
+_SIGNED_COLOUR_MAP = "PuOr"  # two hues that every common colour blindness tells apart, pale at 0
 _HEAD_INCHES = 0.62
 _INK = "#222222"
 _MUTED = "#6b6b6b"
@@ -37,12 +39,13 @@ _READINGS = {"last": "last token", "mean": "mean over tokens"}
 
 @dataclass(frozen=True)
 class _View:
-    """One way to show a heatmap: its row of panels in Figures 1 and 2."""
+    """One way to show a heatmap: its row of panels in Figures 1 and 2. signed: 0 is the middle of the colours."""
 
     title: str
     unit: str
     transform: Callable[[NDArray[np.float64]], NDArray[np.float64]]
     clipped: bool = False
+    signed: bool = False
 
 
 def _clip(filled_TL: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -59,6 +62,27 @@ _VIEWS = (
         clipped=True,
     ),
 )
+
+
+def _log10(filled_TL: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.log10(np.where(filled_TL > 0, filled_TL, np.nan))
+
+
+_RATIO = "|after - before| / |before|"
+_READING_VIEWS = {
+    UPDATE_NORM: (
+        _View("linear", _RATIO, lambda filled_TL: filled_TL),
+        _View("logarithm", f"log10 {_RATIO}", _log10),
+        _View(f"clipped at the {FIGURE_CLIP_PERCENTILE}th percentile", _RATIO, _clip, clipped=True),
+    ),
+    UPDATE_COSINE: (
+        _View("cosine", "cosine of (after - before) and before", lambda filled_TL: filled_TL, signed=True),
+    ),
+}
+_READING_TITLES = {
+    UPDATE_NORM: "How much each block adds to the hidden states, by stream",
+    UPDATE_COSINE: "Whether each block adds along the hidden states or against them, by stream",
+}
 
 
 def streams_figure(streams: Mapping[str, Heatmap], *, model: str = "", file_format: str = "png") -> bytes:
@@ -88,6 +112,79 @@ def combination_figure(combination: Heatmap, *, model: str = "", file_format: st
         model=model,
         file_format=file_format,
     )
+
+
+def reading_figure(streams: Mapping[str, Heatmap], *, model: str = "", file_format: str = "png") -> bytes:
+    """The heatmaps of a reading of the blocks' updates, one column of panels per stream.
+
+    A relative norm is shown linear, as its logarithm and clipped at the 95th percentile; a cosine with colours that
+    have 0 in the middle. A cell is white where no sample has the number (an update of zero has no cosine).
+    """
+    kind = parse_reading(next(iter(streams.values())).tokens).kind
+    return _heatmap_figure(
+        tuple(streams.values()),
+        what=[f"{name} stream" for name in streams],
+        blocks=all_blocks([heatmap.blocks for heatmap in streams.values()]),
+        title=_READING_TITLES[kind],
+        model=model,
+        file_format=file_format,
+        views=_READING_VIEWS[kind],
+    )
+
+
+def pairs_figure(pairs: Mapping[str, PairHeatmap], *, model: str = "", file_format: str = "png") -> bytes:
+    """Angular distance over several blocks in a row, one column of panels per stream.
+
+    Columns are the first block, rows the number of blocks; below, each row from its least (0) to its largest (1)
+    distance, as in arXiv 2403.17887. Cells without such a pair are white.
+    """
+    shown = tuple(pairs.values())
+    blocks = all_blocks([heatmap.blocks for heatmap in shown])
+    narrowest, widest = (5.0, 9.0) if len(shown) > 1 else (6.5, 14.0)
+    panel_width = float(np.clip(0.19 * len(blocks) + 1.2, narrowest, widest))
+    panel_height = float(np.clip(0.2 * len(shown[0].mean_PL) + 1.0, 1.7, 7.0))
+    views = (
+        ("linear", "angular distance (fraction of π)", lambda mean_PL: mean_PL),
+        ("each row rescaled", "0 least of the row, 1 largest", _rescaled_rows),
+    )
+    with _style():
+        figure = _new_figure(panel_width * len(shown), panel_height * len(views) + 1.0)
+        grid = figure.subplots(len(views), len(shown), squeeze=False, sharex=True, sharey=True)
+        for row, (title, unit, transform) in enumerate(views):
+            for column, heatmap in enumerate(shown):
+                axes = grid[row, column]
+                _pair_panel(axes, heatmap, blocks, transform(heatmap.mean_PL), unit, 0.2 * (file_format == "svg"))
+                axes.set_title(f"{heatmap.stream} stream, {title}", loc="left")
+                if row == len(views) - 1:
+                    _block_labels(axes, blocks, panel_width - 1.7)
+                    axes.set_xlabel("first block")
+                if column == 0:
+                    axes.set_ylabel("blocks in a row")
+        samples = shown[0].samples
+        facts = (
+            model,
+            f"{samples:,} samples" if samples != 1 else "1 sample",
+            _READINGS[shown[0].tokens],
+            "mean over sigma bins",
+            "white: no such pair",
+        )
+        _head(figure, "How far several blocks in a row change the hidden states, by stream", facts)
+        return _rendered(figure, file_format)
+
+
+def pairs_npz(pairs: Mapping[str, PairHeatmap]) -> bytes:
+    """The heatmaps over pairs as an .npz file without pickled objects.
+
+    For every stream S: S_pairs (P, L) float64, the mean angular distance (fraction of pi) over n = row + 1 blocks from
+    the column's block on, NaN where there is no such pair; S_blocks (L,) str. And once: tokens () str.
+    """
+    arrays: dict[str, NDArray[Any]] = {"tokens": np.array(next(iter(pairs.values())).tokens)}
+    for heatmap in pairs.values():
+        arrays[f"{heatmap.stream}_pairs"] = heatmap.mean_PL
+        arrays[f"{heatmap.stream}_blocks"] = np.array(heatmap.blocks)
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)  # type: ignore[arg-type]
+    return buffer.getvalue()
 
 
 def factor_figure(
@@ -182,20 +279,21 @@ def _heatmap_figure(
     title: str,
     model: str,
     file_format: str,
+    views: Sequence[_View] = _VIEWS,
 ) -> bytes:
     """A grid of panels: one column per heatmap, called `what`, and one row per view."""
     narrowest, widest = (5.0, 9.0) if len(heatmaps) > 1 else (6.5, 14.0)
     panel_width = float(np.clip(0.19 * len(blocks) + 1.2, narrowest, widest))
     with _style():
-        figure = _new_figure(panel_width * len(heatmaps), 2.75 * len(_VIEWS) + 1.0)
-        grid = figure.subplots(len(_VIEWS), len(heatmaps), squeeze=False, sharex=True, sharey=True)
-        for row, view in enumerate(_VIEWS):
+        figure = _new_figure(panel_width * len(heatmaps), 2.75 * len(views) + 1.0)
+        grid = figure.subplots(len(views), len(heatmaps), squeeze=False, sharex=True, sharey=True)
+        for row, view in enumerate(views):
             for column, heatmap in enumerate(heatmaps):
                 axes = grid[row, column]
                 # Viewers of SVG leave hairlines between neighbouring cells; a thin edge covers them.
                 _panel(axes, heatmap, blocks, view, edge=0.2 if file_format == "svg" else 0.0)
                 axes.set_title(f"{what[column]}, {view.title}", loc="left")
-                if row == len(_VIEWS) - 1:
+                if row == len(views) - 1:
                     _block_labels(axes, blocks, panel_width - 1.7)
                 if column == 0:
                     axes.set_ylabel("sigma bin  (0 clean, 1 noise)")
@@ -205,7 +303,7 @@ def _heatmap_figure(
         facts = (
             model,
             f"{samples:,} samples" if samples != 1 else "1 sample",
-            _READINGS.get(heatmaps[0].tokens, heatmaps[0].tokens),
+            _READINGS[parse_reading(heatmaps[0].tokens).tokens],
             f"{left_out:,} left out (not finite)" if left_out else "",
             "grey with a stroke: no samples" if empty else "",
         )
@@ -225,14 +323,16 @@ def _panel(axes: Axes, heatmap: Heatmap, blocks: Sequence[str], view: _View, *, 
     filled_T = heatmap.count_T > 0
     if filled_T.any():
         shown_TL[np.ix_(filled_T, own_L)] = view.transform(heatmap.mean_TL[filled_T])
-    low, high = (np.nanmin(shown_TL), np.nanmax(shown_TL)) if filled_T.any() else (0.0, 1.0)
+    low, high = (np.nanmin(shown_TL), np.nanmax(shown_TL)) if np.isfinite(shown_TL).any() else (0.0, 1.0)
+    if view.signed:
+        low, high = -max(-low, high), max(-low, high)
     if not high > low:
         high = low + 1e-6
     mesh = axes.pcolormesh(
         np.arange(L + 1) - 0.5,
         edges,
         np.ma.masked_invalid(shown_TL),
-        cmap=_COLOUR_MAP,
+        cmap=_SIGNED_COLOUR_MAP if view.signed else _COLOUR_MAP,
         vmin=low,
         vmax=high,
         edgecolors="face",
@@ -267,6 +367,49 @@ def _panel(axes: Axes, heatmap: Heatmap, blocks: Sequence[str], view: _View, *, 
     bar.set_label(view.unit, fontsize=8)
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=7.5, length=2)
+
+
+def _pair_panel(
+    axes: Axes,
+    heatmap: PairHeatmap,
+    blocks: Sequence[str],
+    shown_PL: NDArray[np.float64],
+    unit: str,
+    edge: float,
+) -> None:
+    """One stream's pairs with their colour bar. `edge`: line width around each cell, in points."""
+    from matplotlib.ticker import MaxNLocator
+
+    P, L = len(shown_PL), len(blocks)
+    all_PL = np.full((P, L), np.nan)
+    all_PL[:, [blocks.index(block) for block in heatmap.blocks]] = shown_PL
+    mesh = axes.pcolormesh(
+        np.arange(L + 1) - 0.5,
+        np.arange(P + 1) + 0.5,
+        np.ma.masked_invalid(all_PL),
+        cmap=_COLOUR_MAP,
+        edgecolors="face",
+        linewidth=edge,
+    )
+    _list_boundaries(axes, blocks)
+    axes.set_xlim(-0.5, L - 0.5)
+    axes.set_ylim(0.5, P + 0.5)
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    bar = axes.figure.colorbar(mesh, ax=axes, pad=0.015, aspect=16)
+    bar.set_label(unit, fontsize=8)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(labelsize=7.5, length=2)
+
+
+def _rescaled_rows(mean_PL: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Each row from 0 (its least) to 1 (its largest); 0 where all are equal, NaN where there is none."""
+    scaled_PL = np.full_like(mean_PL, np.nan)
+    for row_L, value_L in zip(scaled_PL, mean_PL, strict=True):
+        finite_L = np.isfinite(value_L)
+        if finite_L.any():
+            least, largest = value_L[finite_L].min(), value_L[finite_L].max()
+            row_L[finite_L] = (value_L[finite_L] - least) / (largest - least or 1.0)
+    return scaled_PL
 
 
 def _list_starts(blocks: Sequence[str]) -> list[tuple[int, str]]:

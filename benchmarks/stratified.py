@@ -7,24 +7,18 @@ Both kinds of runs are cut into stretches of 100 samples in the order in which t
 contribution over the stretches, uniform by stratified, is the number of times the samples that uniform sigmas need for
 the same standard error; the gain is 1 - 1 / that. Recorded runs must come from one rank.
 
-Results, with 95% intervals:
-two runs of the tiny SD3 pipeline of examples/, 2,000 samples each   2.23 times (1.09 - 4.45), 55% fewer samples
-made up, distances that do not depend on sigma                       1.07 times (0.99 - 1.16), 7% fewer
-made up, falling by a quarter from sigma 0 to 1                      1.08 times (1.01 - 1.17), 8% fewer
-made up, falling by half                                             1.13 times (1.04 - 1.21), 12% fewer
-made up, falling by nine tenths                                      1.26 times (1.19 - 1.39), 21% fewer
-
 The gain is what sigma explains of the scatter within a bin, so it is large where the distances follow sigma closely and
-images differ little, as with the few photographs of the tiny pipeline. The interval of the recorded pair is wide: 20
-stretches each. Some 7% at 100 samples is the equal filling of the bins, which matters less in longer runs.
+images differ little. Writes results/stratified.json; a recorded pair stays in it until another is measured.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from measure import RESULTS, load, machine, save
 
 from simpletuner_layerprobe.analyse.contribution import article_averages
 from simpletuner_layerprobe.record.sigmas import stratified_sigmas
@@ -49,8 +43,8 @@ def averages(sigma_N: np.ndarray, distances: dict[str, np.ndarray], blocks: dict
     return np.array(found)
 
 
-def gain(uniform: np.ndarray, stratified: np.ndarray) -> str:
-    """How many times the samples uniform sigmas need (median over the blocks), its 95% bootstrap interval, the gain."""
+def gain(uniform: np.ndarray, stratified: np.ndarray) -> dict[str, Any]:
+    """How many times the samples uniform sigmas need (median over the blocks), with its 95% bootstrap interval."""
 
     def times(one: np.ndarray, other: np.ndarray) -> float:
         return float(np.median(one.var(axis=0, ddof=1) / other.var(axis=0, ddof=1)))
@@ -60,21 +54,25 @@ def gain(uniform: np.ndarray, stratified: np.ndarray) -> str:
         times(*(part[random.integers(len(part), size=len(part))] for part in (uniform, stratified)))
         for _ in range(1000)
     ]
-    found, (low, high) = times(uniform, stratified), np.quantile(drawn, [0.025, 0.975])
-    return f"{found:.2f} times ({low:.2f} - {high:.2f}), {1 - 1 / found:.0%} fewer samples"
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return {
+        "times": round(times(uniform, stratified), 3),
+        "interval": [round(float(low), 3), round(float(high), 3)],
+        "stretches": [len(uniform), len(stratified)],
+    }
 
 
-def made_up(stratified: bool, slope: float, samples: int = 40_000, seed: int = 0) -> np.ndarray:
+def made_up(sigma_N: np.ndarray, slope: float, seed: int) -> np.ndarray:
     """Distances that go down to 1 - slope of their value as sigma rises from 0 to 1, with noise of a tenth."""
-    random = np.random.default_rng([seed, stratified])
+    random = np.random.default_rng(seed)
     level_L = np.linspace(0.05, 0.3, BLOCKS)
-    sigma_N = stratified_sigmas(np.arange(samples), seed=seed) if stratified else random.random(samples)
-    distance_NL = level_L * (1 - slope * sigma_N[:, None]) * (1 + 0.1 * random.standard_normal((samples, BLOCKS)))
+    noise_NL = 1 + 0.1 * random.standard_normal((len(sigma_N), BLOCKS))
+    distance_NL = level_L * (1 - slope * sigma_N[:, None]) * noise_NL
     return averages(sigma_N, {"image": distance_NL}, {"image": tuple(map(str, range(BLOCKS)))})
 
 
-def recorded(path: str) -> np.ndarray:
-    run = open_run(Path(path))
+def recorded(path: Path) -> np.ndarray:
+    run = open_run(path)
     if set(run.samples_per_rank()) != {0}:
         raise SystemExit(f"{path} was recorded by several ranks; its order of drawing is not known")
     every = list(run.rows())
@@ -86,13 +84,29 @@ def recorded(path: str) -> np.ndarray:
     return averages(np.concatenate([rows.sigma_N for rows in every]), distances, blocks)
 
 
-def main() -> None:
-    if len(sys.argv) == 3:
-        uniform, stratified = recorded(sys.argv[1]), recorded(sys.argv[2])
-        print(f"recorded, {len(uniform)} and {len(stratified)} stretches: {gain(uniform, stratified)}")
-        return
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "runs", nargs="*", type=Path, metavar="RUN", help="one with uniform sigmas, one with stratified"
+    )
+    parser.add_argument("--what", default="recorded", help="what the two runs are, for the table")
+    parser.add_argument("--samples", type=int, default=40_000, help="of a made-up model")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for stratified.json")
+    options = parser.parse_args(arguments)
+    if len(options.runs) not in (0, 2):
+        parser.error(f"{len(options.runs)} runs; expected none, or one with uniform and one with stratified sigmas")
+    before = load("stratified", options.out) or {}
+    result: dict[str, Any] = {"machine": machine(), "recorded": before.get("recorded"), "made_up": {}}
+    if options.runs:
+        found = gain(*(recorded(path) for path in options.runs))
+        result["recorded"] = {"what": options.what, "date": result["machine"]["date"]} | found
+    uniform_N = np.random.default_rng(0).random(options.samples)
+    stratified_N = stratified_sigmas(np.arange(options.samples), seed=0)
     for slope in (0.0, 0.25, 0.5, 0.9):
-        print(f"made up, slope {slope:<4}: {gain(made_up(False, slope), made_up(True, slope))}")
+        found = gain(made_up(uniform_N, slope, seed=1), made_up(stratified_N, slope, seed=2))
+        result["made_up"][str(slope)] = found
+        print(f"  made up, slope {slope:<4}: {found['times']} times", flush=True)
+    save("stratified", result, options.out)
 
 
 if __name__ == "__main__":

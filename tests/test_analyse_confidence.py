@@ -107,7 +107,7 @@ def test_what_is_decided_is_the_articles_contribution_and_factors(tmp_path: Path
     assert np.array_equal(value_1L[0], expected.value_L)
     factors = article_factors(expected.value_L, critical=expected.critical_union())
     assert factor_1L[0].tolist() == factors.tolist()
-    assert confidence(found, decide).factor_L.tolist() == factors.tolist()
+    assert confidence(found, decide).factor_K.tolist() == factors.tolist()
     # A critical block is looked for in each replicate, unless it was named.
     named = article(found, critical=(3,))(found.replicates())[1]
     assert (named[:, 3] == 1).all() and not (named[:, 0] > 1).any() and (named[:, 31] > 1).any()
@@ -227,7 +227,7 @@ def test_blocks_that_are_all_equal_are_judged_without_a_warning() -> None:
     counted = Tally(known(), bins=1)
     counted.add(rows([0.1] * 20, {(stream, "last"): np.ones((20, len(BLOCKS[stream]))) for stream in BLOCKS}))
     found = counted.bootstrap()
-    assert confidence(found, article(found)).factor_L.tolist() == [12] * 6
+    assert confidence(found, article(found)).factor_K.tolist() == [12] * 6
 
 
 def test_a_boundary_that_no_number_of_samples_can_tell_is_said_to_be_one() -> None:

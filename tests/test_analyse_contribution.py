@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from synthetic_run import FLUX_DEV, SD35_LARGE, records, write_run
 
 from simpletuner_layerprobe import ProbeError
-from simpletuner_layerprobe.analyse.contribution import article_contributions, critical_blocks
+from simpletuner_layerprobe.analyse.contribution import article_contributions, critical_blocks, stream_contributions
 from simpletuner_layerprobe.analyse.heatmap import Heatmap, heatmaps
 from simpletuner_layerprobe.lokr.factors import article_factors
 
@@ -143,8 +143,20 @@ def test_equal_contributions_are_refused() -> None:
 
 def test_a_stream_without_finite_samples_is_refused() -> None:
     streams = {"image": heatmap("image", "ab", [0.0, 0.0], counts=[0])}
-    with pytest.raises(ProbeError, match="image stream has no sample with finite distances"):
+    with pytest.raises(ProbeError, match=r"no stream \(image\) has a sample with finite distances"):
         article_contributions(streams)
+
+
+def test_a_stream_without_finite_samples_is_left_out_beside_others() -> None:
+    streams = {
+        "image": heatmap("image", "abc", [0.1, 0.4, 0.2]),
+        "audio": heatmap("audio", "abc", [0.0, 0.0, 0.0], counts=[0]),
+    }
+    found = article_contributions(streams)
+    alone = article_contributions({"image": streams["image"]})
+    assert found.dropped == ("audio",) and alone.dropped == ()
+    assert found.value_L.tolist() == alone.value_L.tolist() and found.critical == alone.critical
+    assert list(stream_contributions(streams)) == ["image"]
 
 
 def test_streams_without_a_common_block_are_refused() -> None:

@@ -1,18 +1,25 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from failing import fails
-from synthetic_run import manifest, rows
+from synthetic_run import manifest, rows, sd3_modules
 
 from simpletuner_layerprobe.analyse import stability as module
-from simpletuner_layerprobe.analyse.confidence import Tally, article_decision, confidence, tally
+from simpletuner_layerprobe.analyse.confidence import Bootstrap, Decide, Tally, article_decision, confidence, tally
 from simpletuner_layerprobe.analyse.stability import Stability
+from simpletuner_layerprobe.lokr.decision import of_preset
 from simpletuner_layerprobe.lokr.factors import article_factors
+from simpletuner_layerprobe.run.manifest import Manifest
 from simpletuner_layerprobe.run.shards import Rows, ShardWriter, create_run, open_run
 
 BLOCKS = {"image": tuple(f"blocks.{i}" for i in range(8)), "text": tuple(f"blocks.{i}" for i in range(7))}
+
+
+def by_article(manifest: Manifest) -> Callable[[Bootstrap], Decide]:
+    return of_preset(manifest, None)
 
 
 def draw(random: np.random.Generator, level: dict[str, np.ndarray], samples: int) -> Rows:
@@ -38,7 +45,7 @@ def test_it_stops_with_the_factors_of_ten_times_the_samples(tmp_path: Path, monk
         what = manifest(BLOCKS, tokens=("last",))
         create_run(tmp_path / f"{model}", what)
         writers = [ShardWriter(tmp_path / f"{model}", what, rank=rank) for rank in range(2)]
-        stability, samples, settled = Stability(tmp_path / f"{model}", 0.95), 0, False
+        stability, samples, settled = Stability(tmp_path / f"{model}", 0.95, by_article), 0, False
         while not settled and samples < 30_000:
             count = max(30, samples // 20)
             for writer in writers:
@@ -52,11 +59,11 @@ def test_it_stops_with_the_factors_of_ten_times_the_samples(tmp_path: Path, monk
         found = tally(open_run(tmp_path / f"{model}")).bootstrap()
         decide = article_decision(found.blocks, found.count_T, article_factors)
         sure = confidence(found, decide)
-        assert sure.agreement_L.min() > 0.92  # other replicates than those that it stopped by
+        assert sure.agreement_K.min() > 0.92  # other replicates than those that it stopped by
         long = Tally(what)
         long.add(draw(np.random.default_rng(1000 + model), level, 10 * samples))
         truth = long.bootstrap(replicates=1).mean_TL
-        agree.append(decide({stream: mean_TL[None] for stream, mean_TL in truth.items()})[1][0] == sure.factor_L)
+        agree.append(decide({stream: mean_TL[None] for stream, mean_TL in truth.items()})[1][0] == sure.factor_K)
     assert len(stops) >= 5 and min(stops) < 3000
     assert np.mean([one.all() for one in agree]) >= 0.8 and np.mean(agree) >= 0.98
 
@@ -73,7 +80,7 @@ def test_a_judgement_waits_for_samples_and_for_time(tmp_path: Path, monkeypatch)
         return clock[0]
 
     monkeypatch.setattr(module.time, "monotonic", now)
-    stability = Stability(tmp_path, 0.99)
+    stability = Stability(tmp_path, 0.99, by_article)
 
     def judged_at(seconds: float) -> int:
         clock[0] += seconds
@@ -99,9 +106,23 @@ def test_an_empty_bin_never_settles(tmp_path: Path) -> None:
     ShardWriter(tmp_path, what, rank=0).write(
         rows(np.linspace(0, 0.9, 2000, endpoint=False), {("image", "last"): distance_NL})
     )
-    assert not Stability(tmp_path, 0.5).settled()
+    assert not Stability(tmp_path, 0.5, by_article).settled()
     ShardWriter(tmp_path, what, rank=0).write(rows([0.95] * 10, {("image", "last"): distance_NL[:10]}))
-    assert Stability(tmp_path, 0.5).settled()
+    assert Stability(tmp_path, 0.5, by_article).settled()
+
+
+def test_a_plan_settles_too(tmp_path: Path) -> None:
+    """Three levels far apart: the plan for a budget is settled if the noise is low, and not if it is high."""
+    for name, noise, settles in (("quiet", 0.01, True), ("loud", 2.0, False)):
+        blocks = {"image": tuple(f"transformer_blocks.{i}" for i in range(3))}
+        what = manifest(blocks, tokens=("last",), modules=sd3_modules(3))
+        create_run(tmp_path / name, what)
+        random = np.random.default_rng(0)
+        distance_NL = [0.1, 0.2, 0.3] + noise * random.standard_normal((2000, 3))
+        ShardWriter(tmp_path / name, what, rank=0).write(rows(random.random(2000), {("image", "last"): distance_NL}))
+        watch = Stability(tmp_path / name, 0.95, lambda manifest: of_preset(manifest, 40_000))
+        assert watch.settled() == settles
+        assert (watch.settled_share == 1) == settles and watch.settled_share * 9 % 1 == 0
 
 
 def test_a_broken_shard_is_named(tmp_path: Path) -> None:
@@ -111,4 +132,4 @@ def test_a_broken_shard_is_named(tmp_path: Path) -> None:
     assert path is not None
     path.write_bytes(b"broken")
     with fails(str(path)):
-        Stability(tmp_path, 0.5).settled()
+        Stability(tmp_path, 0.5, by_article).settled()

@@ -33,7 +33,7 @@ def test_lokr_prints_the_share_beside_each_factor(layerprobe: Callable[..., Resu
     assert 0 < len(sure.unsettled()) < 6
     for number, line in enumerate(shown.out.splitlines()[1:7]):
         interval = f"{sure.low_L[number]:.4f} - {sure.high_L[number]:.4f}"
-        assert f"  {interval}  {int(100 * sure.agreement_L[number] + 1e-9):>4}%" in line
+        assert f"  {interval}  {int(100 * sure.agreement_K[number] + 1e-9):>4}%" in line
         assert ("NOT settled" in line) == (number in sure.unsettled())
     assert f"NOT settled: {len(sure.unsettled())} of 6 factors, agreed by fewer than 95% of the" in shown.out
     again = layerprobe("lokr", run, "--critical", "none", "--max-factor", "40", "--unverified")
@@ -42,7 +42,7 @@ def test_lokr_prints_the_share_beside_each_factor(layerprobe: Callable[..., Resu
         layerprobe("lokr", run, "--critical", "none", "--max-factor", "40", "--unverified", "--json").out
     )["blocks"]
     assert [block["settled"] for block in blocks] == [number not in sure.unsettled() for number in range(6)]
-    assert [block["agreement"] for block in blocks] == sure.agreement_L.tolist()
+    assert [block["agreement"] for block in blocks] == sure.agreement_K.tolist()
     assert blocks[3]["interval"] == [sure.low_L[3], sure.high_L[3]]
 
 

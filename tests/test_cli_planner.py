@@ -4,17 +4,26 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from synthetic_run import sd3_modules, write_run
+from synthetic_run import manifest, rows, sd3_modules, write_run
 from test_cli import TINY, Result, assert_one_line, layerprobe, snapshot, tiny
 
+from simpletuner_layerprobe.analyse.confidence import tally
+from simpletuner_layerprobe.analyse.contribution import article_contributions
+from simpletuner_layerprobe.analyse.heatmap import Heatmap
+from simpletuner_layerprobe.families import family
 from simpletuner_layerprobe.lokr.config import read_config
+from simpletuner_layerprobe.lokr.factors import achieved_factor
+from simpletuner_layerprobe.lokr.planner import module_groups, plan
 from simpletuner_layerprobe.lokr.verify import check_config
 from simpletuner_layerprobe.run.manifest import read_manifest
+from simpletuner_layerprobe.run.shards import ShardWriter, create_run, open_run
 
 Command = Callable[..., Result]
 
@@ -45,7 +54,7 @@ def test_a_budget_is_kept_and_the_config_is_what_was_counted(
     assert parameters * 0.999 <= reached <= parameters
     assert f"budget   {parameters:,} parameters" in shown.out
     assert f"reached  {reached:,} parameters" in shown.out
-    assert "bound    no assignment of this kind within the budget has a mean capacity" in shown.out
+    assert "no assignment of this kind that keeps to the budget has a " in shown.out
     assert "verified: LyCORIS" in shown.out and f"written: {out}" in shown.out
 
 
@@ -190,7 +199,85 @@ def test_a_config_that_adapts_nothing_is_no_budget(layerprobe: Command, tiny: Pa
 def test_the_tables_columns_line_up(layerprobe: Command, tiny: Path) -> None:
     lines = layerprobe("lokr", tiny, "--params", "60k", "--per-stream", "--freeze", "2").out.splitlines()
     head = lines[0]
-    assert " ".join(head.split()) == "block contribution image ff text ff image attn image mod text mod parameters"
-    assert len({len(line) for line in (head, *lines[1:3])}) == 1
-    assert lines[3].endswith("frozen") and lines[3].split()[3:8] == ["-"] * 5
+    assert " ".join(head.split()) == (
+        "block contribution 95% interval image alone text alone image ff agree text ff agree image attn agree "
+        "image mod agree text mod agree parameters"
+    )
+    end = len(head)
+    for line in lines[1:3]:
+        assert re.fullmatch(r".* [\d,]+", line[:end]) and line[end:].strip()[:11] in ("", "NOT settled")
+    assert lines[3].endswith("frozen") and lines[3].split()[12:22] == ["-"] * 10
     assert sd3_modules(6)[2].name in lines[1]
+
+
+def test_a_plan_says_how_sure_it_is(layerprobe: Command, tiny: Path) -> None:
+    """The numbers against those of the replicates planned one by one."""
+    result = json.loads(layerprobe("lokr", tiny, "--params", "60k", "--bins", "3", "--json").out)
+    bootstrap = tally(open_run(tiny), bins=3).bootstrap(replicates=200)
+    blocks = bootstrap.names
+    groups = module_groups(blocks, family("sd3").targets, read_manifest(tiny).modules)
+    same = np.zeros(len(groups))
+    values = []
+    for r in range(200):
+        streams = {
+            name: Heatmap(name, "last", bootstrap.blocks[name], mean_RTL[r], bootstrap.count_T[name], 0, 3)
+            for name, mean_RTL in bootstrap.replicates().items()
+        }
+        values.append(article_contributions(streams).value_L)
+        found = plan(groups, {"joint": values[-1]}, 60_000).factors
+        for place, (group, factor) in enumerate(zip(groups, found, strict=True)):
+            own = result["blocks"][group.number]["factors"][group.kind]
+            sizes = {size for module in group.modules for size in module.shape}
+            same[place] += all(achieved_factor(size, own) == achieved_factor(size, factor) for size in sizes)
+    assert result["replicates"] == 200 and 0 < (same < 190).sum() < len(groups)
+    for place, group in enumerate(groups):
+        assert result["blocks"][group.number]["agreement"][group.kind] == same[place] / 200
+    low, high = np.quantile(values, [0.025, 0.975], axis=0, method="weibull")
+    for number, block in enumerate(result["blocks"]):
+        assert block["interval"] == pytest.approx([low[number], high[number]], abs=1e-9)
+        mine = [place for place, group in enumerate(groups) if group.number == number]
+        assert block["settled"] == bool((same[mine] >= 190).all())
+    table = layerprobe("lokr", tiny, "--params", "60k", "--bins", "3").out
+    assert f"NOT settled: {(same < 190).sum()} of {len(groups)} factors" in table
+    assert "of the 200 bootstrap replicates (a share's standard error is at most 3.5%)" in table
+
+
+def test_status_judges_the_preset_asked_for(layerprobe: Command, tiny: Path) -> None:
+    def said(*options: str) -> str:
+        shown = layerprobe("status", tiny, *options)
+        assert (shown.code, shown.err) == (0, "")
+        return next(line for line in shown.out.splitlines() if line.startswith("settled"))
+
+    assert "of 6 factors (preset article, 95%)" in said()
+    assert "of 18 factors (preset 120kB, 95%)" in said("--preset", "120kB")
+    (tiny / "config.json").write_text(json.dumps({"--layerprobe_preset": "60k"}))
+    assert "of 18 factors (preset 60k, 95%)" in said()
+    assert "(preset article, 95%)" in said("--preset", "article")
+    (tiny / "config.json").write_text(json.dumps({"layerprobe_preset": "much"}))
+    assert "(preset article, 95%)" in said()
+    assert_one_line(
+        layerprobe("status", tiny, "--preset", "much"), 2, "--preset: the preset is 'much'; expected article"
+    )
+
+
+def test_a_stream_without_finite_samples_is_left_out(layerprobe: Command, tmp_path: Path) -> None:
+    what = manifest({**TINY, "audio": TINY["image"]}, tokens=("last",), modules=sd3_modules(6))
+    create_run(tmp_path / "run", what)
+    random = np.random.default_rng(0)
+    distances = {(name, "last"): 0.1 + 0.3 * random.random((200, len(blocks))) for name, blocks in TINY.items()}
+    distances["audio", "last"] = np.full((200, 6), np.nan)
+    ShardWriter(tmp_path / "run", what, rank=0).write(rows(random.random(200), distances))
+    for options in ((), ("--params", "60k"), ("--params", "60k", "--per-stream"), ("--algo", "loha")):
+        shown = layerprobe("lokr", tmp_path / "run", *options, "--json")
+        assert shown.code == 0
+        assert "warning: the audio stream has no sample with finite distances; it is left out" in shown.err
+        assert len(json.loads(shown.out)["blocks"]) == 6
+    shown = layerprobe("status", tmp_path / "run")
+    assert shown.code == 0 and "of 6 factors" in shown.out
+
+
+def test_a_run_without_any_finite_sample_is_one_line(layerprobe: Command, tmp_path: Path) -> None:
+    what = manifest({"image": TINY["image"]}, tokens=("last",), modules=sd3_modules(6))
+    create_run(tmp_path / "run", what)
+    ShardWriter(tmp_path / "run", what, rank=0).write(rows([0.5], {("image", "last"): np.full((1, 6), np.nan)}))
+    assert_one_line(layerprobe("lokr", tmp_path / "run"), 1, "no stream (image) has a sample with finite distances")

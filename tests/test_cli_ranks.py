@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.numpy import load_file
+from synthetic_run import sd3_modules, write_run
 from test_cli import TINY, assert_one_line, layerprobe, snapshot, tiny  # noqa: F401
 
 from simpletuner_layerprobe.lokr.config import read_config
@@ -64,6 +65,27 @@ def test_a_plan_without_a_run(layerprobe, tmp_path):  # noqa: F811
     shown = layerprobe("lokr", "--model", "sd35-medium", "--algo", "loha", "--rank", 4, "--json")
     ranks = {tuple(block["ranks"].values()) for block in json.loads(shown.out)["blocks"]}
     assert ranks == {(4, 2)}
+
+
+def test_ranks_say_how_sure_they_are(layerprobe, tmp_path):  # noqa: F811
+    write_run(tmp_path / "noisy", TINY, 150, seed=3, modules=sd3_modules(6))
+    for options, replicates in ((("--rank", "64"), 1000), (("--params", "100k", "--freeze", "2"), 200)):
+        arguments = ("lokr", tmp_path / "noisy", "--algo", "locon", *options, "--bins", "3")
+        result = json.loads(layerprobe(*arguments, "--json").out)
+        assert result["replicates"] == replicates
+        shares = [share for block in result["blocks"] for share in (block["agreement"] or {}).values()]
+        assert min(shares) < 0.95 and max(shares) > 0.95
+        assert all(share == round(share * replicates) / replicates for share in shares)
+        for block in result["blocks"]:
+            low, high = block["interval"]
+            assert 0 <= low <= high <= 1
+            if block["ranks"]:
+                assert block["settled"] == (min(block["agreement"].values()) >= 0.95)
+            else:
+                assert block["settled"] is None
+        table = layerprobe(*arguments).out
+        assert f"of {len(shares)} ranks, agreed by fewer than 95%" in table
+        assert table.count("  NOT settled\n") == sum(block["settled"] is False for block in result["blocks"])
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from simpletuner_layerprobe.lokr.config import (
     config_bytes,
     environment,
     layer_kind,
+    programs,
     read_config,
     read_options,
     write_config,
@@ -351,7 +352,7 @@ def second_rename_fails(monkeypatch):
 
 @pytest.mark.usefixtures("second_rename_fails")
 def test_both_files_or_neither(tmp_path):
-    with fails("lycoris_config.json: No space left on device"):
+    with fails("config.json: No space left on device"):
         make(tmp_path)
     assert os.listdir(tmp_path / "config") == []
 
@@ -372,3 +373,13 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     with fails("cannot write"):
         make(tmp_path)
     assert os.listdir(tmp_path) == ["config"]
+
+
+@pytest.mark.parametrize("prefix", ["", "--"])
+def test_options_that_start_programs_are_left_out(tmp_path, prefix):
+    given_options = {prefix + "post_checkpoint_script": "rm -rf {local_checkpoint_path}", prefix + "seed": 7}
+    assert programs(given_options) == ["post_checkpoint_script"]
+    written = read_config(environment("next", given_options, LYCORIS, config_dir=tmp_path).options)
+    assert written[prefix + "seed"] == 7
+    assert not any("script" in name for name in written)
+    assert programs({prefix + "post_checkpoint_script": None}) == []

@@ -4,7 +4,8 @@ The samples of a sigma bin are independent draws, so the spread of the bin's mea
 They are summed in groups as they are read, which bounds the memory; the bootstrap then draws groups with
 replacement, bin by bin, so that the bins weigh equally in every replicate as they do in the contributions.
 
-Shape letters: N samples, T bins, L blocks, G groups, R replicates, D distances of a sample (all streams side by side).
+Shape letters: N samples, T bins, L blocks, G groups of samples, R replicates, D distances of a sample (all streams side
+by side), K things that are decided: one factor per block in the article's recipe, one per group of modules in a plan.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simpletuner_layerprobe import ProbeError
-from simpletuner_layerprobe.analyse.contribution import article_averages, block_sources, far_out
+from simpletuner_layerprobe.analyse.contribution import article_values, far_out
 from simpletuner_layerprobe.analyse.heatmap import all_blocks, bin_index
 
 if TYPE_CHECKING:
@@ -36,7 +37,9 @@ MIN_GROUPS = 20  # at least so many groups of STRATA samples make them worth it
 MOST_TIMES = 1e4  # no word on what more than so many times the samples would settle
 
 Decide = Callable[[Mapping[str, NDArray[np.float64]]], tuple[NDArray[np.float64], NDArray[np.int64]]]
-"""What is done with heatmaps: stream -> (R, T, L) means in, (R, L) contributions and (R, L) factors out."""
+"""What is done with heatmaps: stream -> (R, T, L) means in, (R, L) contributions and (R, K) factors or ranks out.
+
+Two replicates agree where these numbers are equal, so what trains alike should have the same number."""
 
 
 class Tally:
@@ -51,6 +54,7 @@ class Tally:
         if tokens not in manifest.tokens:
             raise ProbeError(f"the run has no reading {tokens!r}; it has: {', '.join(manifest.tokens)}")
         streams = sorted(manifest.streams, key=lambda stream: stream.name != "image")
+        self.manifest = manifest
         self.tokens = tokens
         self.bins = bins
         self.blocks = {stream.name: stream.blocks for stream in streams}
@@ -97,15 +101,28 @@ class Tally:
             table_G[half:] = 0
         self._size_T[t] *= 2
 
+    def means(self) -> dict[str, tuple[NDArray[np.float64], NDArray[np.int64]]]:
+        """stream -> ((T, L) mean distances, 0 where there is no sample, (T,) samples)."""
+        counts_TS = self._count_TGS.sum(axis=1)
+        stops = np.cumsum([len(blocks) for blocks in self.blocks.values()])[:-1]
+        sums = np.split(self._sum_TGD.sum(axis=1), stops, axis=1)
+        return {
+            name: (sum_TL / np.maximum(count_T, 1)[:, None], count_T)
+            for name, sum_TL, count_T in zip(self.blocks, sums, counts_TS.T, strict=True)
+        }
+
     def bootstrap(self, *, replicates: int | None = None, seed: int = 0) -> Bootstrap:
         """Replicates of the heatmaps by drawing groups with replacement, each bin as many as it has.
 
         replicates: by default 1000, fewer (at least 200) for more than 20 bins. The deviations from the mean are
         widened by sqrt(G / (G - 1)), since the spread of G draws is that much too small. With stratified sigmas, STRATA
         consecutive samples of a bin are drawn together where there are enough of them: their mean scatters less than
-        that of independent ones. The same tally and seed give the same replicates. Raises ProbeError without samples.
+        that of independent ones. The same tally and seed give the same replicates. A stream without a finite sample is
+        left out, as in the contributions. Raises ProbeError without samples.
         """
-        if not self.samples:
+        counts_TS = self._count_TGS.sum(axis=1)
+        measured = [name for s, name in enumerate(self.blocks) if counts_TS[:, s].any()]
+        if not measured:
             raise ProbeError("there are no samples to judge by")
         R = replicates or min(1000, max(200, 20_000 // self.bins))
         random = np.random.default_rng(seed)
@@ -114,9 +131,10 @@ class Tally:
         D = len(column_stream_D)
         mean_TD, error_TD = np.zeros((self.bins, D)), np.full((self.bins, D), np.inf)
         deviation_RTD = np.zeros((R, self.bins, D))
+        groups_T = np.zeros(self.bins, dtype=np.int64)
         for t in np.flatnonzero(self._rows_T):
             sum_GD, count_GS = self._groups_of(int(t))
-            G = len(sum_GD)
+            groups_T[t] = G = len(sum_GD)
             total_D = np.maximum(count_GS.sum(axis=0), 1)[column_stream_D]
             mean_TD[t] = sum_GD.sum(axis=0) / total_D
             if G < 2:
@@ -129,14 +147,17 @@ class Tally:
             drawn_RD = np.maximum(times_RG @ count_GS, 1)[:, column_stream_D]
             deviation_RTD[:, t] = widening * (times_RG @ residual_GD) / drawn_RD
         stops = np.cumsum([len(blocks) for blocks in self.blocks.values()])[:-1]
-        counts = self._count_TGS.sum(axis=1)
+        means = dict(zip(names, np.split(mean_TD, stops, axis=1), strict=True))
+        errors = dict(zip(names, np.split(error_TD, stops, axis=1), strict=True))
+        deviations = dict(zip(names, np.split(deviation_RTD, stops, axis=2), strict=True))
         return Bootstrap(
-            blocks=self.blocks,
+            blocks={name: self.blocks[name] for name in measured},
             samples=self.samples,
-            count_T={name: counts[:, s] for s, name in enumerate(names)},
-            mean_TL=dict(zip(names, np.split(mean_TD, stops, axis=1), strict=True)),
-            error_TL=dict(zip(names, np.split(error_TD, stops, axis=1), strict=True)),
-            deviation_RTL=dict(zip(names, np.split(deviation_RTD, stops, axis=2), strict=True)),
+            groups_T=groups_T,
+            count_T={name: counts_TS[:, names.index(name)] for name in measured},
+            mean_TL={name: means[name] for name in measured},
+            error_TL={name: errors[name] for name in measured},
+            deviation_RTL={name: deviations[name] for name in measured},
         )
 
     def _groups_of(self, t: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
@@ -157,15 +178,22 @@ class Bootstrap:
     """Heatmaps that other samples of the same kind could have given.
 
     Per stream: count_T samples with finite distances, mean_TL (0 where there is none), error_TL standard errors of
-    the means (infinite where one group cannot tell), deviation_RTL of each replicate from the mean.
+    the means (infinite where one group cannot tell), deviation_RTL of each replicate from the mean. groups_T: how many
+    groups of samples the errors of a bin come from.
     """
 
     blocks: Mapping[str, tuple[str, ...]]
     samples: int
+    groups_T: NDArray[np.int64]
     count_T: Mapping[str, NDArray[np.int64]]
     mean_TL: Mapping[str, NDArray[np.float64]]
     error_TL: Mapping[str, NDArray[np.float64]]
     deviation_RTL: Mapping[str, NDArray[np.float64]]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All blocks, in the model's order."""
+        return all_blocks(list(self.blocks.values()))
 
     @property
     def enough(self) -> bool:
@@ -180,24 +208,31 @@ class Bootstrap:
 
 @dataclass(frozen=True)
 class Confidence:
-    """How sure the contributions and the factors of a run are, for every block in the model's order.
+    """How sure the contributions and the factors of a run are.
 
-    low_L, high_L: the interval that holds the middle INTERVAL of the replicates' contributions. factor_L: the
-    factors of the run itself. agreement_L: share of the replicates with the same factor. enough: whether all bins
-    have MIN_SAMPLES. samples: how many there are.
+    blocks: all, in the model's order. low_L, high_L: the interval that holds the middle INTERVAL of the replicates'
+    contributions. factor_K: what the run itself decides, as the `Decide` gives it. agreement_K: share of the replicates
+    that decide the same. replicates: how many there are. enough: whether all bins have MIN_SAMPLES. samples: how many
+    there are.
     """
 
     blocks: tuple[str, ...]
     low_L: NDArray[np.float64]
     high_L: NDArray[np.float64]
-    factor_L: NDArray[np.int64]
-    agreement_L: NDArray[np.float64]
+    factor_K: NDArray[np.int64]
+    agreement_K: NDArray[np.float64]
+    replicates: int
     enough: bool
     samples: int
 
     def unsettled(self, share: float = SHARE) -> tuple[int, ...]:
-        """Numbers of the blocks whose factor fewer than `share` of the replicates agree with; all if not `enough`."""
-        return tuple(int(i) for i in np.flatnonzero((self.agreement_L < share) | (not self.enough)))
+        """Places of the factors that fewer than `share` of the replicates agree with; all if not `enough`."""
+        return tuple(int(i) for i in np.flatnonzero((self.agreement_K < share) | (not self.enough)))
+
+    @property
+    def share_error(self) -> float:
+        """The largest standard error that a share of so many replicates has: 0.5 / sqrt(replicates)."""
+        return 0.5 / math.sqrt(self.replicates)
 
 
 def tally(run: Run, *, tokens: str = "last", bins: int = 10) -> Tally:
@@ -215,24 +250,22 @@ def article_decision(
     factors: Callable[[NDArray[np.float64]], NDArray[np.int64]],
     *,
     critical: tuple[int, ...] | None = None,
+    alike: Callable[[NDArray[np.int64]], NDArray[np.int64]] | None = None,
     **weighting: float,
 ) -> Decide:
     """The article's recipe for many heatmaps at once.
 
     factors: contributions (N,) in [0, 1] -> factors (N,), each by itself. critical: the blocks that get factor 1,
-    None to find them anew in every replicate. weighting: as `article_contributions` takes it.
+    None to find them anew in every replicate. alike: (R, L) factors -> (R, K) numbers that are equal where what trains
+    is the same; None to compare the factors by name, which is all that can be done without a module table. weighting:
+    as `article_contributions` takes it.
     """
     names = all_blocks(list(blocks.values()))
-    source_L = block_sources(list(blocks.values()))
     filled_T = {name: count_T[name] > 0 for name in blocks}
     number_L = {name: [names.index(block) for block in blocks[name]] for name in blocks}
 
     def decide(mean_RTL: Mapping[str, NDArray[np.float64]]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        average_RC = article_averages(mean_RTL, blocks, **weighting)
-        low_R1, high_R1 = average_RC.min(axis=1, keepdims=True), average_RC.max(axis=1, keepdims=True)
-        spread_R1 = high_R1 - low_R1
-        # Blocks that are all equal in a replicate agree with nothing in particular: all get contribution 0.
-        value_RL = ((average_RC - low_R1) / np.where(spread_R1 > 0, spread_R1, 1))[:, source_L]
+        value_RL = article_values(mean_RTL, blocks, **weighting)
         factor_RL = factors(value_RL.ravel()).reshape(value_RL.shape)
         critical_RL = np.zeros(value_RL.shape, dtype=bool)
         if critical is not None:
@@ -241,9 +274,19 @@ def article_decision(
             for name, values_RTL in mean_RTL.items():
                 if filled_T[name].any():
                     critical_RL[:, number_L[name]] |= far_out(values_RTL[:, filled_T[name]].mean(axis=1))
-        return value_RL, np.where(critical_RL, 1, factor_RL)
+        factor_RL = np.where(critical_RL, 1, factor_RL)
+        return value_RL, factor_RL if alike is None else alike(factor_RL)
 
     return decide
+
+
+def interval(value_RL: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(L,) low and (L,) high: what holds the middle INTERVAL of the replicates.
+
+    Weibull's positions: with R replicates the plain quantiles would hold about 1 / R too little on either side.
+    """
+    low_L, high_L = np.quantile(value_RL, [(1 - INTERVAL) / 2, (1 + INTERVAL) / 2], axis=0, method="weibull")
+    return low_L, high_L
 
 
 def confidence(bootstrap: Bootstrap, decide: Decide, *, times: float = 1.0) -> Confidence:
@@ -251,16 +294,16 @@ def confidence(bootstrap: Bootstrap, decide: Decide, *, times: float = 1.0) -> C
 
     times: judge as if there were so many times the samples, scattered as these are around the means found.
     """
-    _, factor_1L = decide({name: mean_TL[None] for name, mean_TL in bootstrap.mean_TL.items()})
-    value_RL, factor_RL = decide(bootstrap.replicates(times))
-    # Weibull's positions: with R replicates the plain quantiles would hold about 1 / R too little on either side.
-    low_L, high_L = np.quantile(value_RL, [(1 - INTERVAL) / 2, (1 + INTERVAL) / 2], axis=0, method="weibull")
+    _, factor_1K = decide({name: mean_TL[None] for name, mean_TL in bootstrap.mean_TL.items()})
+    value_RL, factor_RK = decide(bootstrap.replicates(times))
+    low_L, high_L = interval(value_RL)
     return Confidence(
         blocks=all_blocks(list(bootstrap.blocks.values())),
         low_L=low_L,
         high_L=high_L,
-        factor_L=factor_1L[0],
-        agreement_L=(factor_RL == factor_1L).mean(axis=0),
+        factor_K=factor_1K[0],
+        agreement_K=(factor_RK == factor_1K).mean(axis=0),
+        replicates=len(factor_RK),
         enough=bootstrap.enough,
         samples=bootstrap.samples,
     )
@@ -279,7 +322,7 @@ def more_samples(bootstrap: Bootstrap, decide: Decide, *, share: float = SHARE) 
     least = max(1.0, MIN_SAMPLES / max(scarcest, 1))
 
     def settled(times: float) -> bool:
-        return bool((confidence(bootstrap, decide, times=times).agreement_L >= share).all())
+        return bool((confidence(bootstrap, decide, times=times).agreement_K >= share).all())
 
     if settled(least):
         return math.ceil(bootstrap.samples * (least - 1))

@@ -25,12 +25,14 @@ class Contribution:
     value_L: (L,) float64 in [0, 1]; 1 is the largest measured contribution, 0 the smallest.
     covered_L: (L,) bool; False where the block took the value of its nearest covered neighbour.
     critical: per stream, the numbers of its critical blocks (see `critical_blocks`).
+    dropped: the streams that were left out because they have no sample with finite distances.
     """
 
     blocks: tuple[str, ...]
     value_L: NDArray[np.float64]
     covered_L: NDArray[np.bool_]
     critical: dict[str, tuple[int, ...]]
+    dropped: tuple[str, ...] = ()
 
     def critical_union(self) -> tuple[int, ...]:
         """The numbers of the blocks that are critical in any stream, ascending."""
@@ -55,17 +57,20 @@ def article_contributions(
     before). On SD3.5 Large that gives the article's numbers: `(text + image[:, :37]) / 2`, and the 38th
     block repeats the 37th. With one stream that stream decides alone and its weight plays no part.
 
-    The text stream has `text_weight`, every other stream `image_weight`. Raises ProbeError for a percentile
-    outside (0, 100], a stream without samples, or contributions that are all equal.
+    The text stream has `text_weight`, every other stream `image_weight`. A stream without a sample of finite
+    distances (LTX-2's audio where all clips are silent) is left out, with the blocks that only it has. Raises
+    ProbeError for a percentile outside (0, 100], if no stream has samples, or for contributions that are all equal.
     """
     if not 0 < clip_percentile <= 100:
         raise ProbeError(f"the clip percentile is {clip_percentile}, expected above 0 and at most 100")
-    for heatmap in streams.values():
-        if not heatmap.count_T.any():
-            raise ProbeError(
-                f"the {heatmap.stream} stream has no sample with finite distances "
-                f"({heatmap.nonfinite} are not); probe the model again in a precision that does not overflow"
-            )
+    dropped = tuple(name for name, heatmap in streams.items() if not heatmap.count_T.any())
+    if len(dropped) == len(streams):
+        nonfinite = max(heatmap.nonfinite for heatmap in streams.values())
+        raise ProbeError(
+            f"no stream ({', '.join(dropped)}) has a sample with finite distances ({nonfinite} are not); "
+            "probe the model again in a precision that does not overflow"
+        )
+    streams = {name: heatmap for name, heatmap in streams.items() if name not in dropped}
     parts = tuple(streams.values())
     covered = common_blocks([part.blocks for part in parts])
     blocks = all_blocks([part.blocks for part in parts])
@@ -87,6 +92,7 @@ def article_contributions(
         value_L=((average_L - low) / (high - low))[block_sources([part.blocks for part in parts])],
         covered_L=np.array([block in covered for block in blocks]),
         critical=critical_blocks(streams),
+        dropped=dropped,
     )
 
 
@@ -96,16 +102,52 @@ def stream_contributions(
     """Each stream's contributions by itself: stream -> (L,) float64 in [0, 1] for all blocks that any stream has.
 
     A block that the stream lacks takes the value of its nearest block, as in `article_contributions`, which raises the
-    same errors.
+    same errors and leaves out the same streams.
     """
-    blocks = all_blocks([heatmap.blocks for heatmap in streams.values()])
-    found = {}
-    for name, heatmap in streams.items():
-        alone = article_contributions({name: heatmap}, clip_percentile=clip_percentile)
-        numbers = np.array([number for number, block in enumerate(blocks) if block in alone.blocks])
-        sources = [blocks[_nearest_covered(number, numbers)] for number in range(len(blocks))]
-        found[name] = np.array([alone.value_L[alone.blocks.index(block)] for block in sources])
-    return found
+    measured = {name: heatmap for name, heatmap in streams.items() if heatmap.count_T.any()} or streams
+    blocks = {name: heatmap.blocks for name, heatmap in measured.items()}
+    return {
+        name: article_contributions({name: heatmap}, clip_percentile=clip_percentile).value_L[
+            stream_sources(name, blocks)
+        ]
+        for name, heatmap in measured.items()
+    }
+
+
+def stream_sources(stream: str, blocks: Mapping[str, Sequence[str]]) -> NDArray[np.intp]:
+    """For every block of `all_blocks`, which of this stream's blocks its contribution by itself comes from. (L,)."""
+    own = list(blocks[stream])
+    every = all_blocks(list(blocks.values()))
+    numbers = np.array([number for number, block in enumerate(every) if block in own])
+    return np.array([own.index(every[_nearest_covered(number, numbers)]) for number in range(len(every))])
+
+
+def article_values(
+    mean_RTL: Mapping[str, NDArray[np.float64]], blocks: Mapping[str, Sequence[str]], **weighting: float
+) -> NDArray[np.float64]:
+    """(R, L) the article's contributions of R sets of heatmaps, for every block that any stream has.
+
+    weighting: as `article_averages` takes it. Blocks that are all equal in a set get 0 there.
+    """
+    average_RC = article_averages(mean_RTL, blocks, **weighting)
+    low_R1, high_R1 = average_RC.min(axis=1, keepdims=True), average_RC.max(axis=1, keepdims=True)
+    spread_R1 = high_R1 - low_R1
+    value_RL: NDArray[np.float64] = ((average_RC - low_R1) / np.where(spread_R1 > 0, spread_R1, 1))[
+        :, block_sources(list(blocks.values()))
+    ]
+    return value_RL
+
+
+def stream_values(
+    mean_RTL: Mapping[str, NDArray[np.float64]], blocks: Mapping[str, Sequence[str]], clip_percentile: float = 90.0
+) -> dict[str, NDArray[np.float64]]:
+    """`stream_contributions` of R sets of heatmaps: stream -> (R, L)."""
+    return {
+        name: article_values({name: mean_RTL[name]}, {name: blocks[name]}, clip_percentile=clip_percentile)[
+            :, stream_sources(name, blocks)
+        ]
+        for name in blocks
+    }
 
 
 def article_averages(

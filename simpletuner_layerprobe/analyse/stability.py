@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 
-from simpletuner_layerprobe.analyse.confidence import MIN_SAMPLES, Tally, article_decision, confidence
-from simpletuner_layerprobe.lokr.factors import article_factors
-from simpletuner_layerprobe.run.shards import open_run
+from simpletuner_layerprobe.analyse.confidence import MIN_SAMPLES, Bootstrap, Decide, confidence
+from simpletuner_layerprobe.analyse.running import RunningTally
+from simpletuner_layerprobe.run.manifest import Manifest
 
 BINS = 10
 GROWTH = 1.1
@@ -17,26 +17,29 @@ COST = 0.01
 """Judging may take at most this part of the time, from the second judgement on."""
 REPLICATES = 400
 
+DecideOf = Callable[[Manifest], Callable[[Bootstrap], Decide]]
+
 
 class Stability:
-    """Watches a run folder for the preset `article` with its defaults, over all ranks and earlier starts.
+    """Watches a run folder for the factors of one preset, over all ranks and earlier starts.
 
-    Each shard is read once and kept as sums, so that a judgement costs what was recorded since the last one.
-    share: the share of bootstrap replicates that must agree with every factor.
+    share: the share of bootstrap replicates that must agree with every factor. decide_of: what gives these for a run,
+    see `lokr.decision.of_preset`. tally: the run's sums, if others look at them too. A judgement costs what was
+    recorded since they were last read.
     """
 
-    def __init__(self, directory: str | Path, share: float) -> None:
-        self.directory = Path(directory)
+    def __init__(
+        self, directory: str | Path, share: float, decide_of: DecideOf, tally: RunningTally | None = None
+    ) -> None:
         self.share = share
-        self._tally: Tally | None = None
-        self._read: set[Path] = set()
+        self.samples = 0
+        """The samples that the last judgement went by."""
+        self.settled_share = 0.0
+        """The part of the factors that were settled at the last judgement, 0 while a bin has too few samples."""
+        self._decide_of = decide_of
+        self._tally = tally or RunningTally(directory, bins=BINS)
         self._next_samples = float(MIN_SAMPLES * BINS)
         self._next_time = 0.0
-
-    @property
-    def samples(self) -> int:
-        """The samples that the last judgement went by."""
-        return self._tally.samples if self._tally is not None else 0
 
     def settled(self) -> bool:
         """Whether all factors are settled now; False at once if it is too early to ask again.
@@ -47,21 +50,17 @@ class Stability:
         started = time.monotonic()
         if started < self._next_time:
             return False
-        run = open_run(self.directory)
-        new = tuple(path for path in run.shards if path not in self._read)
-        if self.samples + replace(run, shards=new).sample_count() < self._next_samples:
+        if self._tally.samples + self._tally.waiting() < self._next_samples:
             # Counting reads the new shards' headers, which is cheap and still not free.
             self._next_time = started + (time.monotonic() - started) / COST
             return False
-        if self._tally is None:
-            self._tally = Tally(run.manifest, bins=BINS)
-        for rows in replace(run, shards=new).rows():
-            self._tally.add(rows)
-        self._read.update(new)
-        bootstrap = self._tally.bootstrap(replicates=REPLICATES)
-        decide = article_decision(bootstrap.blocks, bootstrap.count_T, article_factors)
+        tally = self._tally.read()
+        bootstrap = tally.bootstrap(replicates=REPLICATES)
+        decide = self._decide_of(tally.manifest)(bootstrap)
         everywhere = all(count_T.min() >= MIN_SAMPLES for count_T in bootstrap.count_T.values())
-        found = everywhere and not confidence(bootstrap, decide).unsettled(self.share)
-        self._next_samples = GROWTH * self._tally.samples
+        found = confidence(bootstrap, decide)
+        self.settled_share = 1 - len(found.unsettled(self.share)) / len(found.agreement_K) if everywhere else 0.0
+        self.samples = tally.samples
+        self._next_samples = GROWTH * tally.samples
         self._next_time = time.monotonic() + (time.monotonic() - started) / COST
-        return found
+        return self.settled_share == 1

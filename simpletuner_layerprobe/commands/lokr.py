@@ -21,13 +21,15 @@ from simpletuner_layerprobe.commands.lokr_options import (
     ARTICLE_MAX_FACTOR,
     budget_of,
     check_options,
-    plan_of,
+    planner_of,
+    weighting_of,
     write,
 )
-from simpletuner_layerprobe.commands.lokr_output import as_result, print_factors, print_plan, print_written
+from simpletuner_layerprobe.commands.lokr_output import Intervals, as_result, print_factors, print_plan, print_written
 from simpletuner_layerprobe.commands.lokr_ranks import lokr_by_ranks
 from simpletuner_layerprobe.commands.output import OK, print_json, quiet, sample_warnings, warn
 from simpletuner_layerprobe.commands.settled import confidence_of
+from simpletuner_layerprobe.preset import PARAMETERS, SIZES
 
 FAR_FROM_BUDGET = 0.005
 
@@ -120,14 +122,13 @@ def add_parser(add: Add) -> None:
     budget = planning.add_mutually_exclusive_group()
     budget.add_argument(
         "--params",
-        type=amount("a number of parameters such as 400M or 1.2B", {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}),
+        type=amount("a number of parameters such as 400M or 1.2B", PARAMETERS),
         metavar="N",
         help="trainable parameters, such as 400M or 1.2B",
     )
-    sizes = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
     budget.add_argument(
         "--size",
-        type=amount("a size such as 800MB or 1.5GB", sizes),
+        type=amount("a size such as 800MB or 1.5GB", SIZES),
         metavar="SIZE",
         help="size of the weights in bf16, such as 800MB or 1.5GB",
     )
@@ -174,6 +175,7 @@ def command(arguments: argparse.Namespace) -> int:
     from simpletuner_layerprobe.analyse.contribution import article_contributions
     from simpletuner_layerprobe.analyse.heatmap import heatmaps
     from simpletuner_layerprobe.lokr import config as lokr_config
+    from simpletuner_layerprobe.lokr import decision
     from simpletuner_layerprobe.lokr.factors import article_factors
     from simpletuner_layerprobe.run.shards import open_run
 
@@ -193,17 +195,15 @@ def command(arguments: argparse.Namespace) -> int:
             "import it again with --model, or add --unverified"
         )
     streams = heatmaps(run, tokens=arguments.tokens, bins=arguments.bins)
-    contribution = article_contributions(
-        streams,
-        clip_percentile=arguments.clip_percentile,
-        text_weight=arguments.text_weight,
-        image_weight=arguments.image_weight,
-    )
+    weighting = weighting_of(arguments)
+    contribution = article_contributions(streams, **weighting)
+    for name in contribution.dropped:
+        warn(f"the {name} stream has no sample with finite distances; it is left out")
     critical = contribution.critical_union() if arguments.critical == "auto" else arguments.critical
     if arguments.algo != "lokr":
         for message in sample_warnings(streams):
             warn(message)
-        return lokr_by_ranks(arguments, manifest, contribution, critical)
+        return lokr_by_ranks(arguments, manifest, contribution, critical, run)
     # Without a module table and a family the records are taken for the article's model.
     # Before the proof, which takes seconds.
     if arguments.env is not None:
@@ -216,16 +216,38 @@ def command(arguments: argparse.Namespace) -> int:
     ).targets
     plan = None
     sure = None
+    shown: Intervals = {}
     factors: list[int] = []
     if budgeted:
         budget = budget_of(arguments, manifest.modules, manifest.model_class)
-        plan = plan_of(arguments, budget, manifest, streams, contribution)
+        planner, values = planner_of(arguments, budget, manifest, streams, contribution)
+        plan = planner.plan(values)
+        sure, bootstrap = confidence_of(
+            run,
+            arguments,
+            lambda bootstrap: decision.planned(bootstrap, planner, per_stream=arguments.per_stream, **weighting),
+            replicates=decision.REPLICATES,
+        )
+        if arguments.per_stream:
+            shown = decision.stream_intervals(bootstrap, values, arguments.clip_percentile)
         config = lokr_config.planned_config(plan.planned, contribution.blocks, targets)
     else:
         factors = article_factors(
             contribution.value_L, max_factor=arguments.max_factor or ARTICLE_MAX_FACTOR, critical=critical
         ).tolist()
-        sure = confidence_of(run, arguments)
+        named = None if arguments.critical == "auto" else arguments.critical
+        sure, _ = confidence_of(
+            run,
+            arguments,
+            lambda bootstrap: decision.article(
+                bootstrap,
+                manifest.modules,
+                targets,
+                max_factor=arguments.max_factor or ARTICLE_MAX_FACTOR,
+                critical=named,
+                **weighting,
+            ),
+        )
         config = lokr_config.article_config(contribution.blocks, factors, targets)
     check = None
     if manifest.modules:
@@ -243,12 +265,12 @@ def command(arguments: argparse.Namespace) -> int:
     if plan and abs(plan.gap) > FAR_FROM_BUDGET * plan.budget:
         warn(f"the config has {plan.reached:,} parameters, the budget is {plan.budget:,}: {plan.bound()}")
     if arguments.json:
-        print_json(as_result(arguments, manifest, contribution, factors, sure, plan, check, config, written))
+        print_json(as_result(arguments, manifest, contribution, factors, sure, plan, check, config, written, shown))
         return OK
     if arguments.dry_run:
         print(lokr_config.config_bytes(config).decode(), end="")
     if plan and check:
-        print_plan(contribution, plan, check)
+        print_plan(contribution, plan, check, sure, shown)
     elif sure:
         print_factors(contribution, factors, sure, critical, arguments.critical == "auto", check)
     if check is None:
@@ -295,9 +317,10 @@ def _lokr_of_model(arguments: argparse.Namespace) -> int:
     blocks = all_blocks([stream.blocks for stream in model.streams])
     contribution = Contribution(blocks, np.ones(len(blocks)), np.ones(len(blocks), dtype=np.bool_), {})
     if arguments.algo != "lokr":
-        return lokr_by_ranks(arguments, manifest, contribution, ())
+        return lokr_by_ranks(arguments, manifest, contribution, (), None)
     budget = budget_of(arguments, manifest.modules, manifest.model_class)
-    plan = plan_of(arguments, budget, manifest, {}, contribution)
+    planner, values = planner_of(arguments, budget, manifest, {}, contribution)
+    plan = planner.plan(values)
     targets = families.family(manifest.family, manifest.model_class).targets
     config = lokr_config.planned_config(plan.planned, blocks, targets)
     with quiet():
@@ -305,11 +328,11 @@ def _lokr_of_model(arguments: argparse.Namespace) -> int:
     check.require()
     written, following = write(arguments, config)
     if arguments.json:
-        print_json(as_result(arguments, manifest, contribution, [], None, plan, check, config, written))
+        print_json(as_result(arguments, manifest, contribution, [], None, plan, check, config, written, {}))
         return OK
     if arguments.dry_run:
         print(lokr_config.config_bytes(config).decode(), end="")
-    print_plan(contribution, plan, check)
+    print_plan(contribution, plan, check, None, {})
     verified = f"LyCORIS {check.lycoris} gives all {len(check.rows):,} modules the factor meant"
     print_written(verified, written, following)
     return OK

@@ -7,16 +7,19 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from simpletuner_layerprobe import ProbeError
-from simpletuner_layerprobe.commands.output import quiet
+from simpletuner_layerprobe.commands.output import quiet, warn
+from simpletuner_layerprobe.preset import BF16_BYTES
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from simpletuner_layerprobe.analyse.contribution import Contribution
     from simpletuner_layerprobe.analyse.heatmap import Heatmap
-    from simpletuner_layerprobe.lokr.planner import Plan
+    from simpletuner_layerprobe.lokr.planner import Planner
     from simpletuner_layerprobe.run.manifest import Manifest, Module
 
 ARTICLE_MAX_FACTOR = 12
-BF16_BYTES = 2
 BUDGET_OPTIONS = ("params", "size", "like")
 PLANNER_OPTIONS = (
     "direction",
@@ -92,14 +95,19 @@ def budget_of(arguments: argparse.Namespace, modules: Sequence[Module], model_cl
     return like.parameters
 
 
-def plan_of(
+def weighting_of(arguments: argparse.Namespace) -> dict[str, float]:
+    """How the options weigh the streams, as the contributions take it."""
+    return {name: getattr(arguments, name) for name in ("clip_percentile", "text_weight", "image_weight")}
+
+
+def planner_of(
     arguments: argparse.Namespace,
     budget: int,
     manifest: Manifest,
     streams: Mapping[str, Heatmap],
     contribution: Contribution,
-) -> Plan:
-    """The planner's factors for a run and the options of `lokr`."""
+) -> tuple[Planner, dict[str, NDArray[np.float64]]]:
+    """The planner that the options of `lokr` ask for, and the contributions that it goes by, by stream."""
     from simpletuner_layerprobe import families
     from simpletuner_layerprobe.analyse.contribution import stream_contributions
     from simpletuner_layerprobe.lokr import planner
@@ -122,7 +130,9 @@ def plan_of(
         contribution.blocks,
         families.family(manifest.family, manifest.model_class).targets,
         manifest.modules,
-        streams={one.name: one.blocks for one in manifest.streams} if arguments.per_stream else None,
+        streams={name: heatmap.blocks for name, heatmap in streams.items() if name in values}
+        if arguments.per_stream
+        else None,
         freeze=freeze,
     )
     ratios = {
@@ -130,9 +140,8 @@ def plan_of(
         planner.ATTENTION: arguments.ratio_attention,
         planner.MODULATION: arguments.ratio_modulation,
     }
-    return planner.plan(
+    made = planner.Planner(
         groups,
-        values,
         budget,
         direction=arguments.direction or planner.DIRECTIONS[0],
         ratios=planner.ARTICLE_RATIOS | {kind: ratio for kind, ratio in ratios.items() if ratio is not None},
@@ -141,6 +150,17 @@ def plan_of(
         max_factor=arguments.max_factor,
         full=full,
     )
+    return made, values
+
+
+def options_of_run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The probe run's SimpleTuner options, with a warning for each that no follow-up takes over."""
+    from simpletuner_layerprobe.lokr import config as lokr_config
+
+    options = lokr_config.read_options(arguments.run)
+    for name in lokr_config.programs(options):
+        warn(f"{name} starts a program and is left out of the new config; add it there yourself if it is yours")
+    return options
 
 
 def write(arguments: argparse.Namespace, config: Mapping[str, Any]) -> tuple[list[str], str]:
@@ -152,7 +172,7 @@ def write(arguments: argparse.Namespace, config: Mapping[str, Any]) -> tuple[lis
     if arguments.env is not None:
         made = lokr_config.environment(
             arguments.env,
-            lokr_config.read_options(arguments.run),
+            options_of_run(arguments),
             config,
             config_dir=arguments.config_dir,
             force=arguments.force,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from simpletuner_layerprobe import ProbeError
-from simpletuner_layerprobe.commands.lokr_options import ARTICLE_MAX_FACTOR
 from simpletuner_layerprobe.commands.output import counted
 
 if TYPE_CHECKING:
@@ -15,43 +15,29 @@ if TYPE_CHECKING:
     from simpletuner_layerprobe.run.shards import Run
 
 
-def bootstrap_of(run: Run, arguments: argparse.Namespace, tokens: str) -> tuple[Bootstrap, Decide]:
-    """Replicates of the run's heatmaps, and the article's recipe with the options of `lokr` where there are any."""
-    from simpletuner_layerprobe.analyse.confidence import article_decision, tally
-    from simpletuner_layerprobe.lokr.factors import article_factors
+def confidence_of(
+    run: Run, arguments: argparse.Namespace, decide_of: Callable[[Bootstrap], Decide], *, replicates: int | None = None
+) -> tuple[Confidence, Bootstrap]:
+    """How sure what `decide_of` decides is, with the reading and the bins of the options."""
+    from simpletuner_layerprobe.analyse.confidence import confidence, tally
 
-    options = vars(arguments)
-    critical = options.get("critical", "auto")
-    bootstrap = tally(run, tokens=tokens, bins=arguments.bins).bootstrap()
-    decide = article_decision(
-        bootstrap.blocks,
-        bootstrap.count_T,
-        lambda value_N: article_factors(value_N, max_factor=options.get("max_factor") or ARTICLE_MAX_FACTOR),
-        critical=None if critical == "auto" else critical,
-        **{name: options[name] for name in ("clip_percentile", "text_weight", "image_weight") if name in options},
-    )
-    return bootstrap, decide
+    bootstrap = tally(run, tokens=arguments.tokens, bins=arguments.bins).bootstrap(replicates=replicates)
+    return confidence(bootstrap, decide_of(bootstrap)), bootstrap
 
 
-def confidence_of(run: Run, arguments: argparse.Namespace) -> Confidence:
-    """How sure the article's factors are, with the options of `lokr`."""
-    from simpletuner_layerprobe.analyse.confidence import confidence
-
-    return confidence(*bootstrap_of(run, arguments, arguments.tokens))
-
-
-def settled_text(sure: Confidence) -> str:
-    """The line under the table: how many factors other samples could change."""
+def settled_text(sure: Confidence, what: str = "factor") -> str:
+    """The line under the table: how many factors (or ranks) other samples could change."""
     from simpletuner_layerprobe.analyse.confidence import MIN_SAMPLES, SHARE
 
     if not sure.enough:
-        return f"NOT settled: a sigma bin has fewer than {MIN_SAMPLES} samples, too few to judge any factor by"
+        return f"NOT settled: a sigma bin has fewer than {MIN_SAMPLES} samples, too few to judge any {what} by"
     count = len(sure.unsettled())
     if not count:
-        return f"settled: every factor is agreed by {SHARE:.0%} of the bootstrap replicates"
+        return f"settled: every {what} is agreed by {SHARE:.0%} of the {sure.replicates:,} bootstrap replicates"
     return (
-        f"NOT settled: {count} of {counted(len(sure.blocks), 'factor')}, agreed by fewer than {SHARE:.0%} of the "
-        "bootstrap replicates; layerprobe status says how many more samples would settle them"
+        f"NOT settled: {count} of {counted(len(sure.agreement_K), what)}, agreed by fewer than {SHARE:.0%} of the "
+        f"{sure.replicates:,} bootstrap replicates (a share's standard error is at most {sure.share_error:.1%}); "
+        "layerprobe status says how many more samples would settle them"
     )
 
 
@@ -60,19 +46,26 @@ def share_text(share: float) -> str:
     return f"{math.floor(share * 100 + 1e-9):>4}%"
 
 
-def settling_text(run: Run, arguments: argparse.Namespace) -> str:
-    """What `status` says of the samples that the article's factors still need."""
-    from simpletuner_layerprobe.analyse.confidence import MOST_TIMES, SHARE, confidence, more_samples
+def settling_text(run: Run, bins: int, preset: str) -> str:
+    """What `status` says of the samples that the factors of a preset still need."""
+    from simpletuner_layerprobe.analyse.confidence import MOST_TIMES, SHARE, confidence, more_samples, tally
+    from simpletuner_layerprobe.lokr.decision import REPLICATES, of_preset
+    from simpletuner_layerprobe.preset import preset_parameters
 
     tokens = "last" if "last" in run.manifest.tokens else run.manifest.tokens[0]
+    parameters = preset_parameters(preset)
     try:
-        bootstrap, decide = bootstrap_of(run, arguments, tokens)
+        decide_of = of_preset(run.manifest, parameters)
+        bootstrap = tally(run, tokens=tokens, bins=bins).bootstrap(
+            replicates=None if parameters is None else REPLICATES
+        )
+        decide = decide_of(bootstrap)
         sure = confidence(bootstrap, decide)
         more = more_samples(bootstrap, decide)
     except ProbeError as error:
         return f"unknown: {error}"
-    count = len(sure.blocks) - len(sure.unsettled())
-    what = f"{count} of {counted(len(sure.blocks), 'factor')} (preset article, {SHARE:.0%})"
+    count = len(sure.agreement_K) - len(sure.unsettled())
+    what = f"{count} of {counted(len(sure.agreement_K), 'factor')} (preset {preset}, {SHARE:.0%})"
     if more is None:
         return f"{what}; {MOST_TIMES:,.0f} times the samples would not settle all"
     return f"{what}; about {_rounded(more):,} more samples would settle all" if more else what

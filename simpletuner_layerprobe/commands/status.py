@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import argparse
 import math
+from typing import TYPE_CHECKING
 
-from simpletuner_layerprobe.commands.arguments import Add, add_bins, add_run
+from simpletuner_layerprobe import ProbeError
+from simpletuner_layerprobe.commands.arguments import Add, add_bins, add_run, preset
 from simpletuner_layerprobe.commands.output import OK, bin_labels, counted, model_name, size_text
 from simpletuner_layerprobe.commands.settled import settling_text
+from simpletuner_layerprobe.preset import ARTICLE, preset_parameters
+
+if TYPE_CHECKING:
+    from simpletuner_layerprobe.run.shards import Run
 
 HISTOGRAM_WIDTH = 40
 
@@ -22,6 +28,13 @@ def add_parser(add: Add) -> None:
     )
     add_run(added)
     add_bins(added)
+    added.add_argument(
+        "--preset",
+        type=preset,
+        metavar="P",
+        help="what the factors are judged for: article, or a plan for a number of parameters such as 400M or a size in "
+        "bf16 such as 800MB; default the run's own layerprobe_preset, else article",
+    )
 
 
 def command(arguments: argparse.Namespace) -> int:
@@ -45,11 +58,11 @@ def command(arguments: argparse.Namespace) -> int:
         "versions": versions or "unknown",
         "samples": f"{total:,} ({ranks})",
         "streams": ", ".join(f"{stream.name} {counted(len(stream.blocks), 'block')}" for stream in manifest.streams),
-        "readings": ", ".join(manifest.tokens),
+        "readings": ", ".join((*manifest.tokens, *manifest.extra)),
         "modules": f"{len(manifest.modules):,} in the module table" if manifest.modules else "no module table",
         "backends": backends,
         "non-finite": nonfinite or "none",
-        "settled": settling_text(run, arguments),
+        "settled": settling_text(run, arguments.bins, arguments.preset or _preset_of(run)),
         "size": f"{size_text(run.size_bytes())} in {counted(len(run.shards), 'shard')}",
     }
     for name, value in facts.items():
@@ -60,3 +73,16 @@ def command(arguments: argparse.Namespace) -> int:
         bar = "#" * math.ceil(HISTOGRAM_WIDTH * count / largest)
         print(f"  {label:<14}{count:>12,}  {bar or '(none)'}")
     return OK
+
+
+def _preset_of(run: Run) -> str:
+    """The preset that the run's first start named; article if it named none, or none that can be read."""
+    from simpletuner_layerprobe.lokr.config import read_options
+
+    try:
+        options = read_options(run.path)
+        named = str(next((value for key, value in options.items() if key.lstrip("-") == "layerprobe_preset"), ARTICLE))
+        preset_parameters(named)
+    except ProbeError:
+        return ARTICLE
+    return named

@@ -20,11 +20,14 @@ from typing import Any
 
 from simpletuner_layerprobe import ProbeError
 from simpletuner_layerprobe.families import Target, lies_at
-from simpletuner_layerprobe.run.manifest import Module
+from simpletuner_layerprobe.run.manifest import Module, plain_file_size
 
+PROGRAM_OPTIONS = ("post_checkpoint_script", "post_upload_script", "validation_external_script", "disk_low_script")
 LYCORIS_CONFIG_NAME = "lycoris_config.json"
 OPTIONS_NAME = "config.json"
 DEFAULT_OUTPUT_PARENT = "output"
+MAX_CONFIG_BYTES = 32 * 1024 * 1024
+MAX_DEPTH = 50  # of lists and objects in each other
 
 # SimpleTuner looks for an environment in config/NAME, but takes a name with a dot in it for a file and
 # "default" for config/config.json itself.
@@ -177,11 +180,12 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
 def read_options(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
     """The SimpleTuner options that a probe run was started with. Raises ProbeError if the run has none."""
     path = Path(run_dir) / OPTIONS_NAME
-    if not path.exists():
+    if not os.path.lexists(path):
         raise ProbeError(
             f"{path} does not exist, so the options of the probe run are not known "
             "(an imported run has none); write the LyCORIS config alone, with --out"
         )
+    plain_file_size(path)
     return _read_object(path, "SimpleTuner's options")
 
 
@@ -210,9 +214,10 @@ def environment(
     """Write CONFIG_DIR/NAME/config.json and lycoris_config.json: the probe's config, now with weighted LoKr.
 
     options: the probe run's own options, keys with or without leading dashes. Every layerprobe option goes;
-    model_type, lora_type, lycoris_config and output_dir (beside the probe's, called NAME) are set; all else
-    stays. Both files are written or neither. Raises ProbeError for a name that SimpleTuner does not find, for
-    files that exist (unless `force`), and if the output_dir would be the probe's own.
+    model_type, lora_type, lycoris_config and output_dir (beside the probe's, called NAME) are set; options that start
+    programs (`programs`) are left out, since a run may come from somebody else; all else stays. Both files are written
+    or neither. Raises ProbeError for a name that SimpleTuner does not find, for files that exist (unless `force`), and
+    if the output_dir would be the probe's own.
     """
     lycoris_path = Path(config_dir) / name / LYCORIS_CONFIG_NAME
     own = {"model_type": "lora", "lora_type": "lycoris", "lycoris_config": lycoris_path.as_posix()}
@@ -239,7 +244,8 @@ def environment_of(
     folder = _free_folder(name, config_dir, force)
     output_dir = _sibling_output_dir(options, name)
     follow_up = _follow_up_options(options, {**own, "output_dir": output_dir})
-    contents = {OPTIONS_NAME: config_bytes(follow_up), **files}
+    # config.json last: without it the folder is no environment, so one that was cut short is not trained with.
+    contents = {**files, OPTIONS_NAME: config_bytes(follow_up)}
     _write_files({folder / file: data for file, data in contents.items()}, force=force)
     return folder / OPTIONS_NAME, output_dir
 
@@ -313,7 +319,13 @@ def _parents(name: str) -> list[str]:
 
 def _read_object(path: Path, what: str) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_bytes())
+        with open(path, "rb") as file:
+            data = file.read(MAX_CONFIG_BYTES + 1)
+        if len(data) > MAX_CONFIG_BYTES:
+            raise ProbeError(f"{path} takes over {MAX_CONFIG_BYTES} bytes; expected {what}")
+        value = json.loads(data)
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is JSON, and no text
+        _check_depth(value, MAX_DEPTH)
     except OSError as error:
         raise ProbeError(f"cannot read {path}: {error.strerror}; expected {what}") from None
     except (ValueError, RecursionError) as error:
@@ -321,6 +333,15 @@ def _read_object(path: Path, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ProbeError(f"{path} holds a JSON {type(value).__name__}; expected {what}, a JSON object")
     return value
+
+
+def _check_depth(value: object, left: int) -> None:
+    """Raise ValueError if lists and objects are in each other deeper than `left`."""
+    if isinstance(value, dict | list):
+        if not left:
+            raise ValueError(f"over {MAX_DEPTH} lists and objects in each other")
+        for inner in value.values() if isinstance(value, dict) else value:
+            _check_depth(inner, left - 1)
 
 
 def _bare(key: str) -> str:
@@ -344,13 +365,18 @@ def _sibling_output_dir(options: Mapping[str, Any], name: str) -> str:
     return str(output_dir)
 
 
+def programs(options: Mapping[str, Any]) -> list[str]:
+    """Names of the options that start a program, which no follow-up takes over."""
+    return [_bare(key) for key, value in options.items() if _bare(key) in PROGRAM_OPTIONS and value]
+
+
 def _follow_up_options(options: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     """The options without layerprobe's, and with `own` in the place and spelling that the user gave them."""
     written: dict[str, Any] = {}
     left = dict(own)
     for key, value in options.items():
         bare = _bare(key)
-        if bare.startswith("layerprobe"):
+        if bare.startswith("layerprobe") or bare in PROGRAM_OPTIONS:
             continue
         if bare not in own:
             written[key] = value

@@ -18,32 +18,31 @@ contributes least. The plan maximises
     sum of share * log(p)    subject to    budget * (1 - TOLERANCE) <= sum of p <= budget.
 
 Without steps the best p is share * budget: the article's factors, all multiplied by the one number that makes them fit.
-With steps it is the assignment whose split of the budget has the smallest Kullback-Leibler divergence from that one. If
-no assignment lies within the tolerance, the one whose total is nearest to the budget is taken.
+With steps it is the assignment whose split of the budget has the smallest Kullback-Leibler divergence from that one.
 
-How it is solved. Dynamic programming over (group, step, total), the totals in cells of one unit. Where the unit is one
-parameter the answer is exact; where it is larger, each group's parameters are rounded to it, so that a total is off by
-half a unit per group at most, and the exact total of a solution is counted before it is taken. The bound holds
-for the exact problem: it is taken over all cells that the rounding could have moved into the range.
+What is guaranteed. A total within the tolerance counts as reached: among the assignments there the contributions
+decide, and another may lie nearer to the budget. If none lies there, the one whose total is nearest to the budget,
+above or below, is taken, and of equally near ones the one of the largest sum. `Plan.bound` says which of both it is and
+what is proved. allocation.py says how it is solved: in almost all cases by an exhaustive search.
 
-Shape letters: L blocks.
+Shape letters: R replicates, L blocks, G groups, S steps.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from fractions import Fraction
 from functools import cached_property
-from math import isqrt, log, prod
+from math import isqrt, prod
 
 import numpy as np
 from numpy.typing import NDArray
 
 from simpletuner_layerprobe import ProbeError
 from simpletuner_layerprobe.families import Target, lies_at
+from simpletuner_layerprobe.lokr.allocation import Allocated, allocate
 from simpletuner_layerprobe.lokr.config import Planned, layer_kind
 from simpletuner_layerprobe.lokr.factors import ARTICLE_MAX_FACTOR, achieved_factor, lokr_parameters
 from simpletuner_layerprobe.run.manifest import Module
@@ -58,9 +57,6 @@ JOINT = "joint"
 TOLERANCE = 0.001
 """A total that is no further below the budget than this fraction of it counts as reached."""
 
-_CELLS_OF_WORK = 45_000_000  # groups x steps x cells: about half a second, and as many bytes
-_MIN_CELLS, _MAX_CELLS = 20_000, 100_000
-_TRIES = 300
 _SPREAD = 0x9E3779B1  # 2^32 / golden ratio: its multiples, modulo 2^32, fill the range evenly
 
 _MODULATION_WORDS = re.compile(r"norm|mod|adaln", re.IGNORECASE)
@@ -104,9 +100,9 @@ class Plan:
     groups, factors: one factor per group, in the model's order; blocks that are frozen have no group. budget, reached:
     trainable parameters, wished and exactly counted. least, most: what the smallest and the largest assignment of the
     kind have. nearest: no assignment of the kind has a total nearer to the budget than this, as far as proved; 0 where
-    the total lies within the tolerance, so that the contributions decide. slack: no assignment of the kind that keeps
-    to the budget has a mean capacity (geometric, weighted by share) larger by more than this fraction; None where the
-    total alone decides.
+    the total lies within the tolerance, so that the contributions decide. slack: no assignment of the kind with a total
+    of `budget` or less has a mean capacity (geometric, weighted by share) larger by more than this fraction; None where
+    the total alone decides.
     """
 
     groups: tuple[Group, ...]
@@ -139,11 +135,13 @@ class Plan:
         if self.budget >= self.most:
             return f"the largest assignment of this kind has {self.most:,} parameters"
         if self.slack is None:
+            if self.nearest == abs(self.gap):
+                return "no assignment of this kind has a total nearer to the budget"
             return f"no assignment of this kind is nearer to the budget than {self.nearest:,} parameters"
-        return (
-            f"no assignment of this kind within the budget has a mean capacity (weighted by contribution) "
-            f"more than {self.slack:.2%} larger"
-        )
+        larger = f"a mean capacity (weighted by contribution) more than {self.slack:.2%} larger"
+        if not self.slack:
+            larger = "a larger mean capacity (weighted by contribution)"
+        return f"reached within {TOLERANCE:.1%}; no assignment of this kind that keeps to the budget has {larger}"
 
 
 def module_groups(
@@ -213,58 +211,148 @@ def plan(
     max_factor: int | None = None,
     full: Sequence[int] = (),
 ) -> Plan:
-    """The factors that this module's docstring describes.
-
-    value_L_by_stream: for JOINT, and for every stream that a group goes by, (L,) contributions in [0, 1]; not needed
-    where the direction is uniform. budget: trainable parameters, 1 or more. direction: more-change-less-capacity turns
-    the contributions around, uniform takes them as equal; what the steps leave over is then spread over the depth.
-    ratios: per kind, above 0. contrast: 1 or more. min_factor, max_factor: steps outside of them are not used. full:
-    numbers of blocks that get factor 1, whatever the rest. The same input gives the same plan. Raises ProbeError for
-    what is out of range, and if the limits leave a chain no step.
-    """
-    _check(budget, direction, ratios, contrast, min_factor, max_factor)
-    free = [group for group in groups if group.number not in full]
-    fixed = sum(group.parameters(1) for group in groups if group.number in full)
-    chains: dict[tuple[str, str, str], list[Group]] = {}
-    for group in free:
-        chains.setdefault(group.chain, []).append(group)
-    lack = {group: _lack(group, value_L_by_stream, direction) for group in free}
-    wish = {group: 1 + (contrast - 1) * float(lack[group]) for group in free}
-    weight = {group: group.size / (ratios[group.kind] * wish[group]) ** 2 for group in free}
-    total_weight = sum(weight.values())
-    ordered = []
-    for chain, members in chains.items():
-        factors = _steps(chain, members, min_factor, max_factor)
-        tie_break = {group: place * _SPREAD % 2**32 for place, group in enumerate(members)}
-        members.sort(key=lambda group: (lack[group], tie_break[group]))
-        ordered.append(_Chain(members, factors, [weight[group] / total_weight for group in members]))
-    least = fixed + sum(chain.parameters(-1) for chain in ordered)
-    most = fixed + sum(chain.parameters(0) for chain in ordered)
-    nearest, slack = 0, None
-    if budget <= least or not free:
-        steps = [[len(chain.factors) - 1] * len(chain.groups) for chain in ordered]
-        nearest = abs(least - budget)
-    elif budget >= most:
-        steps = [[0] * len(chain.groups) for chain in ordered]
-        nearest = budget - most
-    else:
-        steps, nearest, slack = _solve(ordered, budget - fixed, budget)
-    factor_of = {
-        group: chain.factors[step]
-        for chain, chosen in zip(ordered, steps, strict=True)
-        for group, step in zip(chain.groups, chosen, strict=True)
-    }
-    factors = tuple(factor_of.get(group, 1) for group in groups)
-    return Plan(
-        groups=tuple(groups),
-        factors=factors,
-        budget=budget,
-        reached=sum(group.parameters(factor) for group, factor in zip(groups, factors, strict=True)),
-        least=least,
-        most=most,
-        nearest=nearest,
-        slack=slack,
+    """The factors that this module's docstring describes, for one set of contributions: see `Planner`."""
+    planner = Planner(
+        groups,
+        budget,
+        direction=direction,
+        ratios=ratios,
+        contrast=contrast,
+        min_factor=min_factor,
+        max_factor=max_factor,
+        full=full,
     )
+    return planner.plan(value_L_by_stream)
+
+
+class Planner:
+    """Plans of the same groups for the same budget; what does not depend on the contributions is worked out once.
+
+    budget: trainable parameters, 1 or more. direction: more-change-less-capacity turns the contributions around,
+    uniform takes them as equal; what the steps leave over is then spread over the depth. ratios: per kind, above 0.
+    contrast: 1 or more. min_factor, max_factor: steps outside of them are not used. full: numbers of blocks that get
+    factor 1, whatever the rest. Raises ProbeError for what is out of range, and if the limits leave a chain no step.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        budget: int,
+        *,
+        direction: str = DIRECTIONS[0],
+        ratios: Mapping[str, float] = ARTICLE_RATIOS,
+        contrast: float = ARTICLE_MAX_FACTOR,
+        min_factor: int = 1,
+        max_factor: int | None = None,
+        full: Sequence[int] = (),
+    ) -> None:
+        _check(budget, direction, ratios, contrast, min_factor, max_factor)
+        self.groups = tuple(groups)
+        self.budget = budget
+        self._direction = direction
+        self._contrast = contrast
+        chains: dict[tuple[str, str, str], list[int]] = {}
+        for place, group in enumerate(self.groups):
+            if group.number not in full:
+                chains.setdefault(group.chain, []).append(place)
+        self._places = [np.array(places) for places in chains.values()]
+        self._steps = [
+            np.array(_steps(chain, [self.groups[place] for place in places], min_factor, max_factor))
+            for chain, places in chains.items()
+        ]
+        self._parameters = [
+            np.array([[self.groups[place].parameters(step) for step in steps.tolist()] for place in places])
+            for places, steps in zip(self._places, self._steps, strict=True)
+        ]
+        self._weight_G = np.array([group.size / ratios[group.kind] ** 2 for group in self.groups])
+        self._fixed = sum(group.parameters(1) for group in self.groups if group.number in full)
+        self._least = self._fixed + sum(int(parameters_GS[:, -1].sum()) for parameters_GS in self._parameters)
+        self._most = self._fixed + sum(int(parameters_GS[:, 0].sum()) for parameters_GS in self._parameters)
+
+    def plan(self, value_L_by_stream: Mapping[str, NDArray[np.float64]]) -> Plan:
+        """The plan for one set of contributions. The same input gives the same plan.
+
+        value_L_by_stream: for JOINT, and for every stream that a group goes by, (L,) contributions in [0, 1]; not
+        needed where the direction is uniform. Raises ProbeError for a contribution that is out of range.
+        """
+        (found,) = self._allocated({name: value_L[None] for name, value_L in value_L_by_stream.items()}, 1)
+        factors = tuple(self._factors(found).tolist())
+        return Plan(
+            groups=self.groups,
+            factors=factors,
+            budget=self.budget,
+            reached=sum(group.parameters(factor) for group, factor in zip(self.groups, factors, strict=True)),
+            least=self._least,
+            most=self._most,
+            nearest=found.nearest,
+            slack=found.slack,
+        )
+
+    def factors(self, value_RL_by_stream: Mapping[str, NDArray[np.float64]]) -> NDArray[np.int64]:
+        """(R, G) the factors of the plans for R sets of contributions, as `plan` gives each, much faster."""
+        R = len(next(iter(value_RL_by_stream.values())))
+        return np.array([self._factors(found) for found in self._allocated(value_RL_by_stream, R)])
+
+    def _allocated(self, value_RL_by_stream: Mapping[str, NDArray[np.float64]], R: int) -> list[Allocated]:
+        """What each set of contributions gives; steps per chain in the order of the groups."""
+        if self.budget <= self._least or not self._places:
+            last = [np.full(len(parameters_GS), parameters_GS.shape[1] - 1) for parameters_GS in self._parameters]
+            return [Allocated(last, self._least, abs(self._least - self.budget), None, True)] * R
+        if self.budget >= self._most:
+            first = [np.zeros(len(parameters_GS), dtype=np.int64) for parameters_GS in self._parameters]
+            return [Allocated(first, self._most, self.budget - self._most, None, True)] * R
+        value_RG = self._values(value_RL_by_stream, R)
+        more = self._direction != DIRECTIONS[1]
+        wish_RG = 1 + (self._contrast - 1) * (1 - value_RG if more else value_RG)
+        weight_RG = self._weight_G / wish_RG**2
+        free_G = np.concatenate(self._places)
+        share_RG = weight_RG / weight_RG[:, free_G].sum(axis=1, keepdims=True)
+        order = [
+            np.lexsort(
+                (
+                    np.broadcast_to(np.arange(len(places_G)) * _SPREAD % 2**32, (R, len(places_G))),
+                    -value_RG[:, places_G] if more else value_RG[:, places_G],
+                ),
+                axis=1,
+            )
+            for places_G in self._places
+        ]
+        share = [share_RG[:, places_G] for places_G in self._places]
+        highest = self.budget - self._fixed
+        allocated = allocate(self._parameters, order, share, highest - int(self.budget * TOLERANCE), highest)
+        return [
+            replace(
+                found, steps=[_unsorted(*pair) for pair in zip(found.steps, (one[r] for one in order), strict=True)]
+            )
+            for r, found in enumerate(allocated)
+        ]
+
+    def _values(self, value_RL_by_stream: Mapping[str, NDArray[np.float64]], R: int) -> NDArray[np.float64]:
+        """(R, G) the contribution that each group goes by."""
+        if self._direction == "uniform":
+            return np.ones((R, len(self.groups)))
+        value_RG = np.stack(
+            [value_RL_by_stream[group.stream][:, group.number] for group in self.groups], axis=1, dtype=np.float64
+        )
+        outside_RG = ~((value_RG >= 0) & (value_RG <= 1))
+        if outside_RG.any():
+            r, g = np.argwhere(outside_RG)[0]
+            raise ProbeError(f"the contribution of block {self.groups[g].number} is {value_RG[r, g]}; expected 0 to 1")
+        return value_RG
+
+    def _factors(self, found: Allocated) -> NDArray[np.int64]:
+        """(G,) the factors of an allocation."""
+        factor_G = np.ones(len(self.groups), dtype=np.int64)
+        for places_G, steps_S, step_G in zip(self._places, self._steps, found.steps, strict=True):
+            factor_G[places_G] = steps_S[step_G]
+        return factor_G
+
+
+def _unsorted(steps_G: NDArray[np.int64], order_G: NDArray[np.intp]) -> NDArray[np.int64]:
+    """Steps along a chain, in the order of its groups."""
+    found_G = np.empty_like(steps_G)
+    found_G[order_G] = steps_G
+    return found_G
 
 
 def factor_steps(dimensions: Sequence[int]) -> tuple[int, ...]:
@@ -283,158 +371,6 @@ def factor_steps(dimensions: Sequence[int]) -> tuple[int, ...]:
             found.append(factor)
             last = split
     return tuple(found)
-
-
-@dataclass(frozen=True)
-class _Chain:
-    """Groups of which each may have no smaller factor than the one before it. share: one per group."""
-
-    groups: list[Group]
-    factors: tuple[int, ...]
-    share: list[float]
-
-    def parameters(self, step: int) -> int:
-        """Trainable numbers with all groups at this step."""
-        return sum(group.parameters(self.factors[step]) for group in self.groups)
-
-
-def _solve(chains: list[_Chain], budget: int, tolerated: int) -> tuple[list[list[int]], int, float | None]:
-    """The steps per chain, the distance that is proved for the total, and the slack (see Plan).
-
-    tolerated: the number that TOLERANCE is a fraction of.
-    """
-    lowest = budget - int(tolerated * TOLERANCE)
-    table = _Table(chains, budget)
-    best = table.best(lowest, budget)
-    if best is not None:
-        value = table.value(best)
-        return best, 0, max(0.0, float(np.expm1(table.bound(lowest, budget) - value)))
-    below = table.nearest(budget, lambda total: total <= budget)
-    reach = budget - (0 if below is None else table.count(below))
-    table = _Table(chains, budget + reach)
-    found = table.nearest(budget, lambda total: True)
-    assert found is not None, "the smallest assignment lies below the budget"
-    if below is not None and abs(table.count(below) - budget) <= abs(table.count(found) - budget):
-        found = below
-    return found, min(table.proved_distance(budget), abs(table.count(found) - budget)), None
-
-
-class _Table:
-    """The best value for every total up to `limit`, and the way to it.
-
-    Totals are counted in units; the last cell holds those of up to `limit` and half a unit per group.
-    """
-
-    def __init__(self, chains: list[_Chain], limit: int) -> None:
-        self.chains = chains
-        groups = sum(len(chain.groups) for chain in chains)
-        widest = max(len(chain.factors) for chain in chains)
-        cells = min(max(_CELLS_OF_WORK // (groups * widest), _MIN_CELLS), _MAX_CELLS)
-        self.unit = max(1, -(-limit // cells))
-        self.rounding = 0 if self.unit == 1 else groups * self.unit / 2
-        self.cells = int((limit + self.rounding) // self.unit) + 1
-        self._step_type = np.min_scalar_type(widest)
-        self._back: list[NDArray[np.integer]] = []
-        ended = np.full(self.cells, -np.inf)
-        ended[0] = 0.0
-        self._last_step = np.zeros(self.cells, dtype=self._step_type)
-        for chain in chains:
-            ended = self._add_chain(chain, ended)
-        self.ended = ended
-
-    def _add_chain(self, chain: _Chain, ended: NDArray[np.float64]) -> NDArray[np.float64]:
-        steps = len(chain.factors)
-        values: list[NDArray[np.float64]] = []
-        for place, (group, share) in enumerate(zip(chain.groups, chain.share, strict=True)):
-            came_from = np.zeros((steps, self.cells), dtype=self._step_type)
-            now = []
-            best = ended if place == 0 else values[0]
-            source = self._last_step if place == 0 else np.zeros(self.cells, dtype=self._step_type)
-            for step, factor in enumerate(chain.factors):
-                if place and step:
-                    better = values[step] > best
-                    best = np.where(better, values[step], best)
-                    source = np.where(better, self._step_type.type(step), source)
-                parameters = group.parameters(factor)
-                shift = int(parameters / self.unit + 0.5)
-                value = np.full(self.cells, -np.inf)
-                if shift < self.cells:
-                    value[shift:] = best[: self.cells - shift] + share * log(parameters)
-                    came_from[step, shift:] = source[: self.cells - shift]
-                now.append(value)
-            values = now
-            self._back.append(came_from)
-        best, source = values[0], np.zeros(self.cells, dtype=self._step_type)
-        for step in range(1, steps):
-            better = values[step] > best
-            best = np.where(better, values[step], best)
-            source = np.where(better, self._step_type.type(step), source)
-        self._last_step = source
-        return best
-
-    def best(self, lowest: int, highest: int) -> list[list[int]] | None:
-        """The most valuable assignment whose exact total lies in the range, among the first that are tried."""
-        cells = self._cells_of(lowest, highest)
-        for cell in cells[np.argsort(-self.ended[cells], kind="stable")][:_TRIES].tolist():
-            found = self._steps_to(cell)
-            if lowest <= self.count(found) <= highest:
-                return found
-        return None
-
-    def bound(self, lowest: int, highest: int) -> float:
-        """No assignment whose exact total lies in the range is more valuable."""
-        return float(self.ended[self._cells_of(lowest, highest)].max())
-
-    def nearest(self, total: int, allowed: Callable[[int], bool]) -> list[list[int]] | None:
-        """The assignment whose exact total is nearest to `total`, among the first that are tried and allowed."""
-        cells = np.flatnonzero(np.isfinite(self.ended))
-        order = np.argsort(np.abs(cells * self.unit - total), kind="stable")[:_TRIES]
-        found = [self._steps_to(cell) for cell in cells[order].tolist()]
-        found = [steps for steps in found if allowed(self.count(steps))]
-        return min(found, key=lambda steps: abs(self.count(steps) - total), default=None)
-
-    def proved_distance(self, total: int) -> int:
-        """No assignment has an exact total nearer to `total` than this."""
-        cells = np.flatnonzero(np.isfinite(self.ended))
-        return max(0, int(np.abs(cells * self.unit - total).min() - self.rounding))
-
-    def count(self, steps: list[list[int]]) -> int:
-        """The exact total of an assignment."""
-        return sum(
-            group.parameters(chain.factors[step])
-            for chain, chosen in zip(self.chains, steps, strict=True)
-            for group, step in zip(chain.groups, chosen, strict=True)
-        )
-
-    def value(self, steps: list[list[int]]) -> float:
-        """The sum of share * log(parameters) of an assignment."""
-        return sum(
-            share * log(group.parameters(chain.factors[step]))
-            for chain, chosen in zip(self.chains, steps, strict=True)
-            for group, share, step in zip(chain.groups, chain.share, chosen, strict=True)
-        )
-
-    def _cells_of(self, lowest: int, highest: int) -> NDArray[np.intp]:
-        """The cells that can hold an assignment whose exact total lies in the range."""
-        cells = np.flatnonzero(np.isfinite(self.ended))
-        totals = cells * self.unit
-        return cells[(totals >= lowest - self.rounding) & (totals <= highest + self.rounding)]
-
-    def _steps_to(self, cell: int) -> list[list[int]]:
-        """The steps of every chain on the best way to a cell."""
-        step = int(self._last_step[cell])
-        place = len(self._back)
-        steps: list[list[int]] = []
-        for chain in reversed(self.chains):
-            chosen = []
-            for group in reversed(chain.groups):
-                place -= 1
-                chosen.append(step)
-                came_from = int(self._back[place][step, cell])
-                cell -= int(group.parameters(chain.factors[step]) / self.unit + 0.5)
-                step = came_from
-            steps.append(chosen[::-1])
-        return steps[::-1]
 
 
 def _check(
@@ -473,16 +409,6 @@ def _steps(
             f"{chain[1]} of {chain[0]}; those that do: {', '.join(map(str, steps))}"
         )
     return within
-
-
-def _lack(group: Group, value_L_by_stream: Mapping[str, NDArray[np.float64]], direction: str) -> Fraction:
-    """How far a group is from the most capacity, 0 .. 1, exactly: 1 - contribution, or the contribution itself."""
-    if direction == "uniform":
-        return Fraction(0)
-    value = float(value_L_by_stream[group.stream][group.number])
-    if not 0 <= value <= 1:
-        raise ProbeError(f"the contribution of block {group.number} is {value}; expected 0 to 1")
-    return 1 - Fraction(value) if direction == DIRECTIONS[0] else Fraction(value)
 
 
 def _kind(name: str, target: Target) -> str:

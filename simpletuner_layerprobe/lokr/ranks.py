@@ -99,47 +99,125 @@ def ranks_for_budget(
 ) -> Budgeted:
     """The ranks whose total lies nearest to `parameters`, of those that keep the proportions of the factors.
 
+    See `Ladder`. value_L: (L,) contributions. Raises ProbeError for fewer parameters than rank 1 everywhere has.
+    """
+    return Ladder(algo, blocks, targets, modules, parameters).nearest(
+        np.asarray(factor_L, dtype=np.float64), np.asarray(value_L, dtype=np.float64)
+    )
+
+
+class Ladder:
+    """Ranks for a number of parameters; what does not depend on the contributions is worked out once.
+
     The assignments considered form one chain: from rank 1 everywhere, one level of one block rises by one rank at a
     time, always the one that is furthest behind its share 1 / (factor * level); among equals the block of the larger
     contribution, then the earlier level and block. So a block that contributes more never has the smaller rank within a
     level, and the chain's totals are known exactly: the nearest one is found by search, and its two neighbours bound
-    what any other assignment of the chain could do. A module stops at its `rank_limit`. value_L: (L,) contributions.
-    Raises ProbeError for fewer parameters than rank 1 everywhere has.
+    what any other assignment of the chain could do. A module stops at its `rank_limit`. limit_L2: the rank at which all
+    modules of a level have stopped. Raises ProbeError for fewer parameters than rank 1 everywhere has.
     """
-    divisor_L2, value = _divisors(factor_L), np.asarray(value_L, dtype=np.float64)
-    rising: list[tuple[float, float, int, int, int]] = []
-    total = 0
-    for block, level, members in _groups(algo, blocks, targets, modules):
-        costs = sorted((rank_limit(algo, one.shape), _parameters_per_rank(algo, one)) for one in members)
-        step = sum(cost for _, cost in costs)
-        total += step
-        rank = 1
-        for limit, cost in costs:
-            # Up to the smallest limit all of the group's modules grow, then one fewer, and so on.
-            rising += [
-                ((raised - 0.5) * float(divisor_L2[block, level]), -float(value[block]), level, block, step)
-                for raised in range(rank + 1, limit + 1)
-            ]
-            rank = max(rank, limit)
-            step -= cost
-    if parameters < total:
-        raise ProbeError(
-            f"{parameters:,} parameters are fewer than rank 1 everywhere has, {total:,}; give a larger budget"
+
+    def __init__(
+        self, algo: str, blocks: Sequence[str], targets: Sequence[Target], modules: Sequence[Module], parameters: int
+    ) -> None:
+        self.parameters = parameters
+        self.limit_L2 = rank_limits(algo, blocks, targets, modules)
+        groups = list(_groups(algo, blocks, targets, modules))
+        self._block_G = np.array([block for block, _, _ in groups])
+        self._level_G = np.array([level for _, level, _ in groups])
+        self._limit_G = self.limit_L2[self._block_G, self._level_G]
+        # The parameters of a group at every rank from 0 on; from its limit on they stay.
+        self._total_GN = np.zeros((len(groups), int(self._limit_G.max()) + 1), dtype=np.int64)
+        for total_N, (_, _, members) in zip(self._total_GN, groups, strict=True):
+            for one in members:
+                rank_N = np.minimum(np.arange(len(total_N)), rank_limit(algo, one.shape))
+                total_N += rank_N * _parameters_per_rank(algo, one)
+        self._place_G = np.arange(len(groups))
+        least = int(self._total_GN[:, 1].sum())
+        if parameters < least:
+            raise ProbeError(
+                f"{parameters:,} parameters are fewer than rank 1 everywhere has, {least:,}; give a larger budget"
+            )
+
+    def ranks(self, factor_RL: NDArray[np.float64], value_RL: NDArray[np.float64]) -> NDArray[np.int64]:
+        """(R, L, 2) the ranks for R sets of factors and contributions."""
+        return np.array([self.nearest(*pair).rank_L2 for pair in zip(factor_RL, value_RL, strict=True)])
+
+    def nearest(self, factor_L: NDArray[np.float64], value_L: NDArray[np.float64]) -> Budgeted:
+        """The assignment of the chain whose total is nearest, the one with fewer parameters among equals."""
+        divisor_G = _divisors(factor_L)[self._block_G, self._level_G]
+        # A group takes its next rank when the water reaches (rank + 0.5) * divisor.
+        low, high = 0.0, float((self._limit_G * divisor_G).max())
+        while (middle := (low + high) / 2) not in (low, high):
+            if self._total(self._rank_G(divisor_G, middle)) < self.parameters:
+                low = middle
+            else:
+                high = middle
+        rank_G = self._rank_G(divisor_G, low)
+        tied = self._next(divisor_G, value_L, rank_G, up_to=high)
+        totals = [self._total(rank_G)]
+        for group in tied:
+            totals.append(totals[-1] + self._cost(group, int(rank_G[group]) + 1))
+        count = int(np.searchsorted(totals, self.parameters))
+        if count == len(totals) or (count and self.parameters - totals[count - 1] <= totals[count] - self.parameters):
+            count -= 1
+        lower, upper = (totals[count - 1] if count else None), None
+        if not count and (rank_G > 1).any():
+            key_G = np.where(rank_G > 1, (rank_G - 0.5) * divisor_G, -np.inf)
+            last = max(self._place_G.tolist(), key=lambda group: (key_G[group], *self._order(value_L, group)))
+            lower = totals[0] - self._cost(last, int(rank_G[last]))
+        if count + 1 < len(totals):
+            upper = totals[count + 1]
+        else:
+            ahead = rank_G.copy()
+            ahead[tied] += 1
+            following = self._next(divisor_G, value_L, ahead)
+            upper = totals[-1] + self._cost(following[0], int(ahead[following[0]]) + 1) if following else None
+        rank_G[tied[:count]] += 1
+        rank_L2 = np.ones_like(self.limit_L2)
+        rank_L2[self._block_G, self._level_G] = rank_G
+        return Budgeted(rank_L2, totals[count], lower, upper)
+
+    def _rank_G(self, divisor_G: NDArray[np.float64], water: float) -> NDArray[np.int64]:
+        """The ranks of the groups when all rises up to this water have been made."""
+        rank_G = np.clip(np.floor(water / divisor_G + 0.5).astype(np.int64), 1, self._limit_G)
+        # The quotient is rounded; what counts is the product.
+        rank_G = np.where((rank_G > 1) & ((rank_G - 0.5) * divisor_G > water), rank_G - 1, rank_G)
+        return np.where((rank_G < self._limit_G) & ((rank_G + 0.5) * divisor_G <= water), rank_G + 1, rank_G)
+
+    def _next(
+        self,
+        divisor_G: NDArray[np.float64],
+        value_L: NDArray[np.float64],
+        rank_G: NDArray[np.int64],
+        up_to: float = np.inf,
+    ) -> list[int]:
+        """The groups whose next rise comes by this water, in the order of their rises."""
+        key_G = np.where(rank_G < self._limit_G, (rank_G + 0.5) * divisor_G, np.inf)
+        return sorted(
+            np.flatnonzero((key_G <= up_to) & np.isfinite(key_G)).tolist(),
+            key=lambda group: (key_G[group], *self._order(value_L, group)),
         )
-    rising.sort(key=lambda event: event[:4])
-    totals = total + np.concatenate([[0], np.cumsum([event[4] for event in rising], dtype=np.int64)])
-    count = int(np.searchsorted(totals, parameters))
-    if count == totals.size or (count and parameters - totals[count - 1] <= totals[count] - parameters):
-        count -= 1
-    rank_L2 = np.ones(divisor_L2.shape, dtype=np.int64)
-    for _, _, level, block, _ in rising[:count]:
-        rank_L2[block, level] += 1
-    return Budgeted(
-        rank_L2,
-        int(totals[count]),
-        int(totals[count - 1]) if count else None,
-        int(totals[count + 1]) if count + 1 < totals.size else None,
-    )
+
+    def _order(self, value_L: NDArray[np.float64], group: int) -> tuple[float, int, int]:
+        return -float(value_L[self._block_G[group]]), int(self._level_G[group]), int(self._block_G[group])
+
+    def _total(self, rank_G: NDArray[np.int64]) -> int:
+        return int(self._total_GN[self._place_G, rank_G].sum())
+
+    def _cost(self, group: int, rank: int) -> int:
+        """The parameters that a group's rise to this rank takes."""
+        return int(self._total_GN[group, rank] - self._total_GN[group, rank - 1])
+
+
+def rank_limits(
+    algo: str, blocks: Sequence[str], targets: Sequence[Target], modules: Sequence[Module]
+) -> NDArray[np.int64]:
+    """(L, 2) the rank from which on no module of a block's level changes any more; 1 for a level without modules."""
+    limit_L2 = np.ones((len(blocks), len(LEVELS)), dtype=np.int64)
+    for block, level, members in _groups(algo, blocks, targets, modules):
+        limit_L2[block, level] = max(rank_limit(algo, one.shape) for one in members)
+    return limit_L2
 
 
 def rank_plan(

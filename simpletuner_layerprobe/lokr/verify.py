@@ -16,7 +16,10 @@ import io
 import json
 import logging
 import math
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
@@ -37,6 +40,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 MAX_DIMENSION = 2**22  # LyCORIS looks for divisors one by one
+MAX_NUMBER = 2**63  # of a setting
+MAX_PRESET_BYTES = 1024 * 1024
+MATCH_SECONDS = 5.0  # that the regular expressions of a config may take for one model; most take a thousandth
 _LEAF = "module"  # the one layer of the model on which a single adapter is built
 # What SimpleTuner takes out of the config and hands to `create_lycoris` by position, or keeps.
 _BY_POSITION = {"multiplier": 1, "linear_dim": 4, "linear_alpha": 1}
@@ -194,6 +200,7 @@ def check_config(
     that nothing can be built from.
     """
     _check_form(config, where)
+    _check_matching_ends(config, modules, where)
     intended: dict[str, Adapter] = {}
     built: dict[tuple[str, tuple[int, ...], str], Adapter | None] = {}
     for module, settings in _reading(config, modules, model_class):
@@ -485,6 +492,11 @@ def _named_preset(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings behind the config's `preset`, one that LyCORIS ships or a TOML file. Raises ProbeError."""
     wrapper = _fresh_wrapper()
     name = config.get("preset", "full")
+    if name not in wrapper.PRESET and not (os.path.isfile(name) and os.path.getsize(name) <= MAX_PRESET_BYTES):
+        raise ProbeError(
+            f"the config's preset {name!r} is neither one of LyCORIS's ({', '.join(wrapper.PRESET)}) "
+            f"nor a TOML file of at most {MAX_PRESET_BYTES} bytes"
+        )
     with _silent():
         preset = wrapper.PRESET.get(name) or wrapper.read_preset(name)
     if preset is None:
@@ -634,14 +646,62 @@ def _check_settings(settings: Mapping[str, Any], where: str, wrapper: Any) -> No
 def _check_regular_expression(pattern: str, where: str) -> None:
     try:
         re.compile(pattern)
-    except re.error as error:
+    except (re.error, RecursionError, OverflowError) as error:
         raise ProbeError(
             f"{pattern!r} in {where} is not a regular expression ({error}); set use_fnmatch for patterns with *"
         ) from None
 
 
+def _check_matching_ends(config: Mapping[str, Any], modules: Sequence[Module], where: str) -> None:
+    """Raise ProbeError if the config's regular expressions take longer than MATCH_SECONDS for these names.
+
+    LyCORIS matches each with each name, and Python cannot interrupt that: one such as (a+)+$ takes longer than anybody
+    waits, here and in the training. With a single repetition in it none does; others are tried in a process that can
+    be ended.
+    """
+    preset = config.get("apply_preset") or {}
+    if preset.get("use_fnmatch"):
+        return
+    patterns = [
+        pattern
+        for key in ("name_algo_map", "target_name", "exclude_name")
+        for pattern in preset.get(key, ())
+        if sum(map(pattern.count, "*+{?")) > 1
+    ]
+    if not patterns:
+        return
+    names = [module.name for module in modules]
+    try:
+        subprocess.run(
+            [sys.executable, "-I", "-S", "-c", _MATCH_ALL],
+            input=json.dumps([patterns, names]).encode(),
+            timeout=MATCH_SECONDS,
+            check=True,
+            capture_output=True,
+        )
+    except subprocess.TimeoutExpired:
+        raise ProbeError(
+            f"the regular expressions in {where} take over {MATCH_SECONDS:g} s to match with this model's names; "
+            "write them without repetitions inside repetitions, or use fnmatch patterns (use_fnmatch)"
+        ) from None
+    except subprocess.CalledProcessError:
+        raise ProbeError(f"the regular expressions in {where} cannot be matched with this model's names") from None
+
+
+_MATCH_ALL = """
+import json, re, sys
+patterns, names = json.load(sys.stdin)
+for pattern in patterns:
+    match = re.compile(pattern).match
+    for name in names:
+        match(name)
+"""
+
+
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) < MAX_NUMBER
+    return isinstance(value, float) and math.isfinite(value)
 
 
 def _is_whole(value: Any) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import bz2
 import gzip
+import itertools
 import json
 import subprocess
 import sys
@@ -18,17 +19,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measure import machine, save
+from measure import RESULTS, machine, save
 
 from simpletuner_layerprobe.analyse.contribution import article_contributions
 from simpletuner_layerprobe.analyse.heatmap import heatmaps
 from simpletuner_layerprobe.lokr.factors import article_factors
+from simpletuner_layerprobe.run.jsonl import export_jsonl, import_jsonl
 from simpletuner_layerprobe.run.manifest import SCHEMA_VERSION, Manifest, Stream
 from simpletuner_layerprobe.run.shards import Rows, ShardWriter, create_run, open_run
 
 ARTICLE_SAMPLES = 174_008
 BLOCKS = {"image": 38, "text": 37}
 CRITICAL = [0, 31, 35]
+LARGE_SHARDS = "run folder, shards of 10,000 samples"
+SMALL_SHARDS = "run folder, shards of 60 samples"
+PLAIN = "article's JSONL, the notebook's logic written plainly"
 
 
 def write_run(folder: Path, samples: int, rows_per_shard: int, tokens: tuple[str, ...] = ("last",)) -> None:
@@ -124,8 +129,6 @@ def child(way: str, path: Path) -> None:
 
 
 def import_and_factors(path: Path) -> list[int]:
-    from simpletuner_layerprobe.run.jsonl import import_jsonl
-
     with tempfile.TemporaryDirectory() as folder:
         import_jsonl(path, Path(folder) / "run")
         return factors_of_run(Path(folder) / "run")
@@ -146,49 +149,59 @@ def measured(way: str, path: Path, times: int = 1) -> dict[str, Any]:
     }
 
 
+ONE_READING = "run folder, one reading"
+TWO_READINGS = "run folder, each of two readings"
+
+
 def storage(folder: Path, jsonl: Path, samples: int) -> dict[str, float]:
-    """Bytes a sample, of one reading."""
-    text = jsonl.read_bytes()
-    part = b"".join(text.splitlines(keepends=True)[: min(samples, 20_000)])
+    """Bytes a sample and reading.
+
+    A run writes a shard every 30 seconds, of 30 samples where a step takes a second, and always has two readings.
+    """
+    with open(jsonl, "rb") as file:
+        part = b"".join(itertools.islice(file, 20_000))
     lines = part.count(b"\n")
-    both = folder / "both"
-    write_run(both, 20_000, 4000, ("last", "mean"))
-    small = folder / "small"
-    write_run(small, 600, 30)
+
+    def written(rows_per_shard: int, tokens: tuple[str, ...]) -> float:
+        count = min(samples, 20 * rows_per_shard)
+        path = folder / f"{rows_per_shard}-{len(tokens)}"
+        write_run(path, count, rows_per_shard, tokens)
+        return round(open_run(path).size_bytes() / count / len(tokens), 1)
+
     return {
-        "run folder, one reading": round(open_run(folder / "run").size_bytes() / samples, 1),
-        "run folder, each of two readings": round(open_run(both).size_bytes() / 20_000 / 2, 1),
-        "run folder, one reading, shards of 30 samples": round(open_run(small).size_bytes() / 600, 1),
-        "JSONL, shortest digits": round(len(text) / samples, 1),
+        ONE_READING: written(1000, ("last",)),
+        TWO_READINGS: written(1000, ("last", "mean")),
+        f"{ONE_READING}, shards of 30 samples": written(30, ("last",)),
+        f"{TWO_READINGS}, shards of 30 samples": written(30, ("last", "mean")),
+        "JSONL, shortest digits": round(jsonl.stat().st_size / samples, 1),
         "JSONL, gz": round(len(gzip.compress(part)) / lines, 1),
         "JSONL, bz2": round(len(bz2.compress(part)) / lines, 1),
     }
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--samples", type=int, default=ARTICLE_SAMPLES)
     parser.add_argument("--large", type=int, nargs="*", default=[1_000_000, 10_000_000])
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for analysis.json")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.child:
-        child(arguments.child[0], Path(arguments.child[1]))
+    options = parser.parse_args(arguments)
+    if options.child:
+        child(options.child[0], Path(options.child[1]))
         return
-    samples = arguments.samples
+    samples = options.samples
     result: dict[str, Any] = {"machine": machine(), "samples": samples, "ways": {}}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_run(folder / "run", samples, 10_000)
         write_run(folder / "shards", samples, 60)
         jsonl = folder / "run.jsonl"
-        from simpletuner_layerprobe.run.jsonl import export_jsonl
-
         export_jsonl(open_run(folder / "run"), jsonl)
         runs = {
-            "run folder, shards of 10,000 samples": ("run", folder / "run", 5),
-            "run folder, shards of 60 samples": ("run", folder / "shards", 5),
+            LARGE_SHARDS: ("run", folder / "run", 5),
+            SMALL_SHARDS: ("run", folder / "shards", 5),
             "article's JSONL through import": ("import", jsonl, 1),
-            "article's JSONL, the notebook's logic written plainly": ("plain", jsonl, 1),
+            PLAIN: ("plain", jsonl, 1),
         }
         for label, (way, path, times) in runs.items():
             result["ways"][label] = measured(way, path, times)
@@ -198,14 +211,14 @@ def main() -> None:
         result["same_factors"] = factors[0] == factors[2] == factors[3]
         result["storage_bytes_per_sample"] = storage(folder, jsonl, samples)
     result["slope"] = {}
-    for count in arguments.large:
+    for count in options.large:
         with tempfile.TemporaryDirectory() as name:
             write_run(Path(name) / "run", count, 100_000)
             found = measured("run", Path(name) / "run", 1)
         found.pop("factors")
         result["slope"][str(count)] = found | {"microseconds_per_sample": round(found["seconds"] / count * 1e6, 3)}
         print(f"  {count:,} samples: {found['seconds']} s", flush=True)
-    save("analysis", result)
+    save("analysis", result, options.out)
 
 
 if __name__ == "__main__":

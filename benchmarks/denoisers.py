@@ -59,6 +59,8 @@ def flux(heads: int, head: int, double: int, single: int, side: int, text: int, 
 SHAPES = {
     "sd3.5-large": sd3(2432, 38, 128, 77 + 154, 4096, 2048, 38),
     "flux.1-dev": flux(24, 128, 19, 38, 128, 512, 4096, 768),
+    # Four of SD3.5 Medium's 24 blocks at 512 x 512: the probe's share of a step hardly depends on how many there are.
+    "sd3.5-medium": sd3(1536, 4, 64, 77 + 154, 4096, 2048, 24),
     "sd3-small": sd3(768, 10, 48, 154, 256, 64, 12),
     "sd3-tiny": sd3(32, 3, 8, 5, 16, 8, 2),
     "flux-tiny": flux(2, 32, 2, 2, 8, 5, 16, 8),

@@ -15,6 +15,9 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "diffusers", "simpletuner", "numpy", "safetensors", "lycoris-lora")
+# Ways that the limits are about.
+PROBE = "probe, both readings"
+CHECKPOINTED = "training step, gradient checkpointing"
 
 Times = dict[str, float]
 
@@ -32,7 +35,8 @@ def paired(measure_base: Callable[[], Times], measure: Callable[[], Times], roun
     """`rounds` pairs, each of one step of the base and one of the other right after or right before it.
 
     Each pair gives one ratio; the order within the pair alternates. What else runs on the machine disturbs both halves
-    of a pair alike, and the median leaves out the pairs in which it did not.
+    of a pair alike, and the median leaves out the pairs in which it did not. `fastest_ratio` is that of the least
+    disturbed step of each.
     """
     base, other = [], []
     for number in range(rounds):
@@ -51,6 +55,7 @@ def paired(measure_base: Callable[[], Times], measure: Callable[[], Times], roun
             "seconds": round(statistics.median(b[clock] for b in other), 5),
             "ratio": round(statistics.median(ratios), 4),
             "ratio_quartiles": [round(quarters[0], 4), round(quarters[2], 4)],
+            "fastest_ratio": round(min(b[clock] for b in other) / min(a[clock] for a in base), 4),
         }
     return found
 
@@ -76,6 +81,8 @@ def machine(device: str = "") -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "system": f"{platform.system()} {platform.machine()}",
+        "processor": _told("/proc/cpuinfo", "model name") or platform.processor() or "unknown processor",
+        "memory_gigabytes": round(int((_told("/proc/meminfo", "MemTotal") or "0").split()[0]) * 1024 / 1e9),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "load_at_start": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
         "python": platform.python_version(),
@@ -84,9 +91,21 @@ def machine(device: str = "") -> dict[str, Any]:
     }
 
 
+def _told(path: str, field: str) -> str:
+    """What Linux says of this field; "" elsewhere."""
+    lines = Path(path).read_text().splitlines() if Path(path).exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")
+
+
 def save(name: str, result: Mapping[str, Any], folder: Path = RESULTS) -> Path:
     """Write one benchmark's result as `name`.json."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     return path
+
+
+def load(name: str, folder: Path = RESULTS) -> dict[str, Any] | None:
+    """The result of one benchmark, None if there is none yet."""
+    path = folder / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None

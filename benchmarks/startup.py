@@ -17,7 +17,7 @@ import venv
 from pathlib import Path
 from typing import Any
 
-from measure import machine, save, spread
+from measure import RESULTS, machine, save, spread
 
 ROOT = Path(__file__).parent.parent
 PTH = "simpletuner_layerprobe.pth"
@@ -71,10 +71,13 @@ def import_simpletuner(environment: dict[str, str], pairs: int) -> dict[str, Any
     }
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=60)
-    pairs = parser.parse_args().pairs
+    parser.add_argument("--without-simpletuner", action="store_true", help="leave `import simpletuner` out")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for startup.json")
+    options = parser.parse_args(arguments)
+    pairs = options.pairs
     names = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "SIMPLETUNER"))}
     result: dict[str, Any] = {"machine": machine(), "pairs": pairs}
     with tempfile.TemporaryDirectory() as name:
@@ -90,9 +93,9 @@ def main() -> None:
         helps = [run([python, "-c", code], names) for _ in range(max(5, pairs // 4))]
         result["help_seconds"] = spread([one[0] for one in helps])
         result["help_cpu_seconds"] = spread([one[1] for one in helps])
-    result["import_simpletuner"] = import_simpletuner(names, 2)  # it takes many seconds each time
+    result["import_simpletuner"] = None if options.without_simpletuner else import_simpletuner(names, 5)
     print(f"  autoload: {result['autoload']['added_ms']['median']} ms; --help: {result['help_seconds']['median']} s")
-    save("startup", result)
+    save("startup", result, options.out)
 
 
 if __name__ == "__main__":

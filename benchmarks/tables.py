@@ -1,15 +1,37 @@
-"""Writes docs/benchmarks.md from the JSON files in results/."""
+"""Writes docs/benchmarks.md and the README's short table from the JSON files in results/."""
 
 from __future__ import annotations
 
-import json
+import argparse
+import textwrap
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from measure import RESULTS
+from analysis import LARGE_SHARDS, ONE_READING, PLAIN, SMALL_SHARDS, TWO_READINGS
+from measure import CHECKPOINTED, PROBE, RESULTS, load
 
-PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
+ROOT = Path(__file__).parent.parent
+START, END = "<!-- bench -->", "<!-- /bench -->"  # around the README's table
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A figure that the project promised: what, the limit and what was found, as words; whether it is kept.
+
+    sure: whether another way to look at the same measurement says the same.
+    """
+
+    what: str
+    limit: str
+    found: str
+    kept: bool
+    sure: bool = True
+
+    def row(self) -> list[str]:
+        verdict = "kept" if self.kept else "**missed**"
+        return [self.what, self.limit, self.found, verdict if self.sure else "**not sure**"]
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -18,15 +40,16 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join(lines)
 
 
-def verdict(holds: bool) -> str:
-    return "kept" if holds else "**missed**"
+def limits_table(limits: Iterable[Limit]) -> str:
+    return table(["", "limit", "found", ""], [limit.row() for limit in limits])
 
 
 def about(machine: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     return (
-        f"{machine['date']}, {machine['system']}, {machine['cores']} cores, load {machine['load_at_start']} from "
-        f"others when it started, {machine['device']}, Python {machine['python']}, {versions}."
+        f"{machine['date']}, {machine['system']}, {machine['processor']}, {machine['cores']} cores, "
+        f"{machine['memory_gigabytes']} GB of memory, load {machine['load_at_start']} when it started, "
+        f"{machine['device']}, Python {machine['python']}, {versions}."
     )
 
 
@@ -35,53 +58,74 @@ def times(found: dict[str, Any], clock: str) -> str:
     return f"{found[clock]['ratio']:.3f} ({low:.3f} to {high:.3f})"
 
 
+def overhead_limits(result: dict[str, Any]) -> list[Limit]:
+    probe = result["ways"][PROBE]
+    narrow = result["narrow"]
+    growth = result["by_blocks"]
+    states = max(growth["extra_peak_bytes"].values()) / growth["block_state_bytes"]
+    blocks = " and ".join(growth["extra_peak_bytes"])
+
+    def step(what: str, found: dict[str, Any], clock: str) -> Limit:
+        ratio, fastest = found[clock]["ratio"], found[clock]["fastest_ratio"]
+        words = f"{times(found, clock)}, fastest steps {fastest:.3f}"
+        return Limit(what, "1.03 of the bare forward", words, ratio <= 1.03, (ratio <= 1.03) == (fastest <= 1.03))
+
+    return [
+        step("CPU: probe step, CPU time, width 1536", probe, "cpu"),
+        step("CPU: the same by the clock", probe, "wall"),
+        step("CPU: probe step, CPU time, width 768 (narrower than any SD3)", narrow[PROBE], "cpu"),
+        Limit(
+            "extra peak memory of the probe",
+            "2 states of a block",
+            f"{probe['extra_peak_states']:.3f}; {states:.3f} with {blocks} narrow blocks",
+            max(probe["extra_peak_states"], states) <= 2,
+        ),
+        Limit("host synchronisations outside the flush", "0", str(probe["syncs"]), probe["syncs"] == 0),
+    ]
+
+
 def overhead(result: dict[str, Any]) -> str:
-    probe = result["ways"]["probe, both readings"]
-    rows = [["bare forward without autograd", f"{probe['wall']['base_seconds']:.2f} s", "1", "1", "0", "0"]]
+    probe = result["ways"][PROBE]
+    rows = [["bare forward without autograd", f"{probe['wall']['base_seconds']:.2f} s", "1", "1", "1", "0", "0"]]
     for label, found in result["ways"].items():
         states = f"{found['extra_peak_bytes'] / 1e6:.1f} MB ({found['extra_peak_states']:.2f})"
         seconds = f"{found['wall']['seconds']:.2f} s"
-        rows.append([label, seconds, times(found, "wall"), times(found, "cpu"), states, str(found["syncs"])])
-    by_blocks = result["probe_extra_peak_bytes_by_blocks"]
-    growth = ", ".join(f"{count} blocks {size / 1000:.1f} kB" for count, size in by_blocks.items())
-    limits = [
-        [
-            "probe step, clock",
-            "1.03 of the bare forward",
-            times(probe, "wall"),
-            verdict(probe["wall"]["ratio"] <= 1.03),
-        ],
-        [
-            "probe step, CPU time",
-            "1.03 of the bare forward",
-            times(probe, "cpu"),
-            verdict(probe["cpu"]["ratio"] <= 1.03),
-        ],
-        [
-            "extra peak memory",
-            "2 states of a block",
-            probe["extra_peak_states"],
-            verdict(probe["extra_peak_states"] <= 2),
-        ],
-        ["host synchronisations", "0", probe["syncs"], verdict(probe["syncs"] == 0)],
-    ]
+        fastest = f"{found['cpu']['fastest_ratio']:.3f}"
+        rows.append([label, seconds, times(found, "wall"), times(found, "cpu"), fastest, states, str(found["syncs"])])
+    narrow, growth = result["narrow"], result["by_blocks"]
+    few, others = (result["ways"][label]["pairs"] for label in (CHECKPOINTED, ".item() per block"))
+    by_blocks = ", ".join(f"{count} blocks {size / 1000:.1f} kB" for count, size in growth["extra_peak_bytes"].items())
     return f"""## A step on a CPU
 
 {about(result["machine"])}
 
-{result["model"]}. Ratios are medians of pairs, in brackets the middle half of the pairs. Memory is the peak of torch's
-CPU allocator beyond the bare forward's, in brackets in states of one block (image and text together,
-{result["block_state_bytes"] / 1e6:.2f} MB). Synchronisations are operations that would make the host wait for a GPU.
+{result["model"]}: SD3.5 Medium's width and heads at 512 x 512, without its second attention and with fewer blocks. The
+probe's share of a step depends on the width, for its work grows with it and the blocks' with its square, and hardly on
+the number of blocks. Ratios are medians of {probe["pairs"]} pairs (training: {few}, the other ways {others}), in
+brackets the middle half of the pairs; fastest / bare is the CPU time of the fastest step of each, the one that others
+on the machine disturbed least. Memory is the peak of torch's CPU allocator beyond the bare forward's, in brackets in
+states of one block (image and text together, {result["block_state_bytes"] / 1e6:.2f} MB): it is 0 where the blocks
+themselves need more at another moment. Synchronisations are operations that would make the host wait for a GPU.
 
-{table(["way", "seconds", "clock / bare", "CPU time / bare", "extra peak memory", "syncs"], rows)}
+{table(["way", "seconds", "clock / bare", "CPU time / bare", "fastest / bare", "extra peak memory", "syncs"], rows)}
 
-{table(["the probe's", "limit", "found", ""], limits)}
+{limits_table(overhead_limits(result))}
 
-Extra peak memory of the probe by the number of blocks, everything else equal (a state has
-{result["probe_extra_peak_bytes_by_blocks_state"] / 1000:.0f} kB): {growth}.
+A ratio is not sure where the median of the pairs and the fastest steps fall on different sides of the limit: on this
+machine either moves by some 0.02 from one run to the next. The narrower model is an {narrow["model"]},
+where the bare forward takes
+{narrow[PROBE]["wall"]["base_seconds"]:.2f} s. This processor multiplies bfloat16 matrices in hardware (AMX), some ten
+times as fast as its vectors would, and the angles are vector work: processors without it have longer forwards and a
+smaller share of the probe.
+
+Extra peak memory of the probe by the number of blocks, everything else equal (the states of a block have
+{growth["block_state_bytes"] / 1000:.0f} kB): {by_blocks}.
 
 The training step has no adapter and no optimizer in it, so a real one is slower. The probe always takes both readings;
-there is no cheaper step with one reading. Pairs of blocks further apart than one are not recorded, so not measured.
+a step with one of them would save nothing, for both come from the angles of all tokens. The peers' ways take the
+distances in bfloat16, where small angles are mostly rounding, and `.item()` that of the last token alone: on a CPU
+nobody waits for it, on a GPU every one is a synchronisation. The floor is no measurement: it adds up each state before
+and after its block, which is the least that any distance of all tokens has to read.
 """
 
 
@@ -89,10 +133,11 @@ def gpu(result: dict[str, Any] | None) -> str:
     if result is None or result["tiny"]:
         return """## A step on a GPU
 
-**Not measured yet.** No GPU was at hand. `python benchmarks/gpu.py` measures SD3.5 Large's and Flux.1-dev's real shapes
-at 1024 x 1024 with random bf16 weights; only whether it runs was tested, on a CPU with tiny shapes. So nothing is known
+**Not measured.** No GPU was at hand. `python benchmarks/gpu.py` measures SD3.5 Large's and Flux.1-dev's real shapes at
+1024 x 1024 with random bf16 weights; only whether it runs was tested, on a CPU with tiny shapes. So nothing is known
 about the GPU limits (a probe step of at most 1.01 of the bare forward, at least 3 times faster than the training step
-with gradient checkpointing).
+with gradient checkpointing). For each piece of 4 million numbers of a state the probe starts some ten kernels, which
+by their operands read and write 30 to 40 bytes a number; the pieces are small enough for the device's cache.
 """
     rows = []
     for run in result["runs"]:
@@ -106,32 +151,54 @@ with gradient checkpointing).
                 [run["model"], run["batch"], label, seconds, times(found, "device"), extra, found.get("syncs", "")]
             )
     head = ["model", "batch", "way", "seconds", "time / bare", "extra peak memory", "syncs"]
-    return f"## A step on a GPU\n\n{about(result['machine'])}\n\n{table(head, rows)}\n"
+    limits = limits_table(gpu_limits(result))
+    return f"## A step on a GPU\n\n{about(result['machine'])}\n\n{table(head, rows)}\n\n{limits}\n"
+
+
+def gpu_limits(result: dict[str, Any] | None) -> list[Limit]:
+    limits = []
+    for run in [] if result is None or result["tiny"] else result["runs"]:
+        probe, trained = run["ways"][PROBE], run["ways"].get(CHECKPOINTED, {})
+        name = f"GPU: {run['model']}, batch {run['batch']}"
+        if "device" in probe:
+            ratio = probe["device"]["ratio"]
+            limits.append(Limit(f"{name}: probe step", "1.01 of the bare forward", f"{ratio:.3f}", ratio <= 1.01))
+            states = probe["extra_peak_bytes"] / run["last_state_bytes"]
+            limits.append(Limit(f"{name}: extra peak memory", "2 states", f"{states:.2f}", states <= 2))
+            limits.append(Limit(f"{name}: synchronisations", "0", str(probe["syncs"]), probe["syncs"] == 0))
+        if "device" in probe and "device" in trained:
+            faster = trained["device"]["ratio"] / probe["device"]["ratio"]
+            limits.append(Limit(f"{name}: training step", "3 times the probe's", f"{faster:.1f} times", faster >= 3))
+    return limits
+
+
+def analysis_limits(result: dict[str, Any]) -> list[Limit]:
+    ways, stored = result["ways"], result["storage_bytes_per_sample"]
+    limits = []
+    for label in (LARGE_SHARDS, SMALL_SHARDS):
+        seconds = ways[label]["seconds"]
+        name = f"analysis of {result['samples']:,} samples, {label.partition(', ')[2]}"
+        limits.append(Limit(name, "0.5 s", f"{seconds} s", seconds <= 0.5))
+    memory = max(ways[label]["extra_megabytes"] for label in (LARGE_SHARDS, SMALL_SHARDS))
+    faster = ways[PLAIN]["seconds"] / ways[LARGE_SHARDS]["seconds"]
+    limits.append(Limit("its memory beyond the imports", "150 MB", f"{memory} MB", memory <= 150))
+    limits.append(Limit("against the notebook's logic", "30 times faster", f"{faster:.0f} times", faster >= 30))
+    if len(result["slope"]) > 1:
+        rates = [one["microseconds_per_sample"] for one in result["slope"].values()]
+        growth = rates[-1] / rates[0]
+        counts = [f"{int(count):,}" for count in result["slope"]]
+        name = f"time a sample, from {counts[0]} to {counts[-1]}"
+        limits.append(Limit(name, "linear", f"{growth:.2f} times", growth <= 1.25))
+    for label in (ONE_READING, TWO_READINGS, f"{TWO_READINGS}, shards of 30 samples"):
+        limits.append(Limit(f"bytes a sample and reading: {label}", "340", str(stored[label]), stored[label] <= 340))
+    return limits
 
 
 def analysis(result: dict[str, Any]) -> str:
-    ways = result["ways"]
-    folder = ways["run folder, shards of 10,000 samples"]
-    plain = ways["article's JSONL, the notebook's logic written plainly"]
-    small = ways["run folder, shards of 60 samples"]
-    rows = [[label, f"{one['seconds']} s", f"{one['extra_megabytes']} MB"] for label, one in ways.items()]
+    rows = [[label, f"{one['seconds']} s", f"{one['extra_megabytes']} MB"] for label, one in result["ways"].items()]
     slope = [
         [f"{int(count):,}", f"{one['seconds']} s", f"{one['extra_megabytes']} MB", one["microseconds_per_sample"]]
         for count, one in result["slope"].items()
-    ]
-    faster = plain["seconds"] / folder["seconds"]
-    stored = result["storage_bytes_per_sample"]
-    limits = [
-        ["analysis, large shards", "0.5 s", f"{folder['seconds']} s", verdict(folder["seconds"] <= 0.5)],
-        ["analysis, shards of 60 samples", "0.5 s", f"{small['seconds']} s", verdict(small["seconds"] <= 0.5)],
-        ["memory", "150 MB", f"{small['extra_megabytes']} MB", verdict(small["extra_megabytes"] <= 150)],
-        ["against the notebook's logic", "30 times faster", f"{faster:.0f} times", verdict(faster >= 30)],
-        [
-            "bytes a sample and reading",
-            "340",
-            stored["run folder, one reading"],
-            verdict(stored["run folder, one reading"] <= 340),
-        ],
     ]
     same = "gave the same factors" if result["same_factors"] else "**did not give the same factors**"
     return f"""## From samples to factors
@@ -141,68 +208,146 @@ def analysis(result: dict[str, Any]) -> str:
 {result["samples"]:,} made-up samples with SD3.5 Large's 38 image and 37 text distances, from the files (in the page
 cache) to the factors; each in a process of its own, the median of five for the run folders and one run for the others.
 Memory is the peak beyond what the process had after its imports. The run folder, the import and the notebook's logic
-{same}. The config and its proof against LyCORIS are not in these times.
+{same}. The config and its proof against LyCORIS are not in these times: they do not depend on the samples.
 
 {table(["from", "seconds", "extra memory"], rows)}
 
 {table(["samples", "seconds", "extra memory", "microseconds a sample"], slope)}
 
-{table(["storage", "bytes a sample"], stored.items())}
+{table(["storage", "bytes a sample and reading"], result["storage_bytes_per_sample"].items())}
 
-{table(["", "limit", "found", ""], limits)}
+A recorded run has two readings; one alone comes from an import, in large shards.
+
+{limits_table(analysis_limits(result))}
 """
 
 
-def startup(result: dict[str, Any]) -> str:
+def startup_limits(result: dict[str, Any]) -> list[Limit]:
     added, cpu = result["autoload"]["added_ms"], result["autoload"]["added_cpu_ms"]
     seconds = result["help_seconds"]["median"]
-    rows = [
-        [
+    return [
+        Limit(
             "autoload, added to `python -c pass`",
             "2 ms",
             f"{added['median']} ms ({added['first_quartile']} to {added['third_quartile']}), CPU {cpu['median']} ms",
-            verdict(added["median"] <= 2),
-        ],
-        ["`layerprobe --help`", "0.3 s", f"{seconds} s", verdict(seconds <= 0.3)],
+            added["median"] <= 2,
+        ),
+        Limit("`layerprobe --help`", "0.3 s", f"{seconds} s", seconds <= 0.3),
     ]
+
+
+def startup(result: dict[str, Any]) -> str:
     simpletuner = result["import_simpletuner"]
-    if simpletuner:
-        add = simpletuner["added_ms"]
-        spread = f"{add['first_quartile']} to {add['third_quartile']}"
-        found = f"{add['median']} ms ({spread}) of {simpletuner['without_seconds']} s"
-        rows.append(["autoload, added to `import simpletuner`", "none set", found, ""])
-    return f"""## Start-up
+    text = f"""## Start-up
 
 {about(result["machine"])}
 
 The median of {result["pairs"]} pairs of starts with and without the .pth file, in a fresh virtual environment.
 
-{table(["", "limit", "found", ""], rows)}
+{limits_table(startup_limits(result))}
+"""
+    if simpletuner:
+        add = simpletuner["added_cpu_ms"]
+        text += f"""
+`import simpletuner` takes {simpletuner["without_seconds"]} s; with the autoload its CPU time differs by
+{add["median"]} ms ({add["first_quartile"]} to {add["third_quartile"]}), which is what any two such imports differ by.
+"""
+    return text
+
+
+def stratified(result: dict[str, Any]) -> str:
+    def row(what: str, found: dict[str, Any]) -> list[str]:
+        low, high = found["interval"]
+        return [what, f"{found['times']:.2f} ({low:.2f} to {high:.2f})", f"{1 - 1 / found['times']:.0%}"]
+
+    rows = []
+    if result["recorded"]:
+        rows.append(row(f"{result['recorded']['what']} ({result['recorded']['date']})", result["recorded"]))
+    for slope, found in result["made_up"].items():
+        rows.append(row(f"made up, distances fall by {float(slope):.0%} from sigma 0 to 1", found))
+    head = ["runs", "times the samples with uniform sigmas", "samples saved"]
+    return f"""## Samples to a settled config
+
+{about(result["machine"])}
+
+How many times the samples uniform sigmas need for the same standard error of a block's contribution as stratified ones:
+the variance over stretches of 100 samples, uniform by stratified, the median over the blocks, with its 95% interval.
+The gain is what sigma explains of the scatter within a bin: large where distances follow sigma closely and images
+differ little, as with the few photographs of the tiny pipeline.
+
+{table(head, rows)}
 """
 
 
-def read(name: str) -> dict[str, Any] | None:
-    path = RESULTS / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def main() -> None:
+def page(folder: Path = RESULTS) -> str:
+    """The whole of docs/benchmarks.md."""
     parts = [
         """# Benchmarks
 
 `make bench` measures all of this again, but for the GPU, and writes this file from `benchmarks/results/`. Each ratio
-comes from pairs that ran interleaved in one process on the same inputs, and the medians are shown, because the machine
-was shared with other work: the clock is noisy, the CPU time of the process less so. How many samples a config needs to
-settle, with uniform and with stratified sigmas, is not measured here yet.
+comes from pairs that ran interleaved in one process on the same inputs, and the medians are shown. The machine is a
+virtual one that was shared with other work: the clock is noisy, the CPU time of the process less so.
 """
     ]
-    for name, part in (("overhead", overhead), ("analysis", analysis), ("startup", startup)):
-        result = read(name)
+    for name, part in (
+        ("overhead", overhead),
+        ("analysis", analysis),
+        ("startup", startup),
+        ("stratified", stratified),
+    ):
+        result = load(name, folder)
         if result is not None:
             parts.append(part(result))
-    parts.insert(2, gpu(read("gpu")))
-    PAGE.parent.mkdir(exist_ok=True)
-    PAGE.write_text("\n".join(parts))
+        if name == "overhead":
+            parts.append(gpu(load("gpu", folder)))
+    return "\n\n".join(map(filled, "\n".join(parts).strip().split("\n\n"))) + "\n"
+
+
+def filled(block: str) -> str:
+    """A paragraph with its lines filled; a table or a heading as it is."""
+    block = block.strip("\n")
+    return block if block.startswith(("|", "#")) else textwrap.fill(block, 120, break_long_words=False)
+
+
+def short_table(folder: Path = RESULTS) -> str:
+    """The README's table: every limit with what was found."""
+    limits: list[Limit] = []
+    dates, machines = set(), set()
+    for name, of in (
+        ("overhead", overhead_limits),
+        ("gpu", gpu_limits),
+        ("analysis", analysis_limits),
+        ("startup", startup_limits),
+    ):
+        result = load(name, folder)
+        if result is not None:
+            limits += of(result)
+            machine = result["machine"]
+            dates.add(machine["date"])
+            machines.add(
+                f"{machine['processor']}, {machine['cores']} cores, Python {machine['python']}, "
+                f"torch {machine['versions'].get('torch', 'none')}, "
+                f"SimpleTuner {machine['versions'].get('simpletuner', 'none')}"
+            )
+    return f"{limits_table(limits)}\n\nMeasured {', '.join(sorted(dates))} on {'; '.join(sorted(machines))}."
+
+
+def renewed(readme: str, folder: Path = RESULTS) -> str:
+    """The README with its table renewed; as it is if it has no place for one."""
+    before, start, rest = readme.partition(START)
+    _, end, after = rest.partition(END)
+    return f"{before}{start}\n{short_table(folder)}\n{end}{after}" if end else readme
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--root", type=Path, default=ROOT, help="folder of README.md and docs/")
+    root = parser.parse_args(arguments).root
+    (root / "docs").mkdir(exist_ok=True)
+    (root / "docs" / "benchmarks.md").write_text(page())
+    readme = root / "README.md"
+    if readme.exists():
+        readme.write_text(renewed(readme.read_text()))
 
 
 if __name__ == "__main__":

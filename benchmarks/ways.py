@@ -15,11 +15,13 @@ from typing import Any
 
 import torch
 from denoisers import Subject
+from measure import CHECKPOINTED, PROBE
 from torch.nn import functional as F
 
 from simpletuner_layerprobe.families import Block, find_blocks
-from simpletuner_layerprobe.record.observer import READINGS, Observer
+from simpletuner_layerprobe.record.observer import Observer
 from simpletuner_layerprobe.record.rows import Facts, RowBuffer
+from simpletuner_layerprobe.run.readings import TOKENS, parse_reading
 
 Step = Callable[[], object]
 Way = Callable[[Subject], Any]  # a context manager that gives the step
@@ -32,12 +34,22 @@ def bare(subject: Subject) -> Iterator[Step]:
 
 
 class Probe:
-    """The probe, as in a run: hooks, both readings of all streams, and the row kept for the next flush."""
+    """The probe, as in a run: hooks, the readings of all streams, and the row kept for the next flush.
 
-    def __init__(self, subject: Subject) -> None:
-        self.observer = Observer(subject.denoiser, subject.entry)
-        streams = self.observer.streams.items()
-        self.buffer = RowBuffer({(stream, reading): len(paths) for stream, paths in streams for reading in READINGS})
+    It always takes both readings of the angle; residual and pairs: further ones, as the Observer has them.
+    """
+
+    def __init__(self, subject: Subject, residual: bool = False, pairs: int = 0) -> None:
+        self.observer = Observer(subject.denoiser, subject.entry, residual, pairs)
+        readings = [parse_reading(name) for name in (*TOKENS, *self.observer.extra)]
+        self.buffer = RowBuffer(
+            {
+                (stream, reading.name): len(reading.columns(paths))
+                for reading in readings
+                for stream, paths in self.observer.streams.items()
+                if reading.span <= len(paths)
+            }
+        )
         count = subject.count
         self.facts = Facts([1024] * count, [1024] * count, [0] * count, ["images"] * count)
         device = subject.batch["latents"].device
@@ -56,6 +68,7 @@ class Probe:
 
         with self.observer:
             yield step
+        self.buffer.take()
 
 
 def train(checkpointing: bool) -> Way:
@@ -196,13 +209,44 @@ def item_per_block(subject: Subject) -> Iterator[Step]:
         yield step
 
 
+@contextmanager
+def read_once(subject: Subject) -> Iterator[Step]:
+    """No measurement, but the least that one needs: both states of every block are read once, and nothing written."""
+    previous: dict[str, torch.Tensor] = {}
+
+    def see(stream: str, state: torch.Tensor) -> None:
+        if stream in previous:
+            previous[stream].sum()
+            state.sum()
+        previous[stream] = state
+
+    @torch.no_grad()
+    def step() -> None:
+        previous.clear()
+        subject.forward()
+        previous.clear()
+
+    with tapped(subject, see):
+        yield step
+
+
+def probes(subject: Subject) -> dict[str, Way]:
+    """The probe as it is set up without options, and with every further reading."""
+    return {
+        PROBE: Probe(subject),
+        "probe, and pairs of 2 blocks": Probe(subject, pairs=2),
+        "probe, and pairs of 2 to 4 blocks": Probe(subject, pairs=4),
+        "probe, and residual readings": Probe(subject, residual=True),
+    }
+
+
 def ways(subject: Subject) -> dict[str, Way]:
     """Every way but the bare one, by its name in the tables."""
-    return {
-        "probe, both readings": Probe(subject),
+    return probes(subject) | {
         "training step": train(checkpointing=False),
-        "training step, gradient checkpointing": train(checkpointing=True),
+        CHECKPOINTED: train(checkpointing=True),
         "keep all states on the device": kept(lambda state: state),
         "clone all states to the CPU": kept(lambda state: state.detach().to("cpu", copy=True)),
         ".item() per block": item_per_block,
+        "floor: both states read once": read_once,
     }

@@ -3,7 +3,9 @@
 # make test     lint, types and all tests
 # make test-oldest   the tests against the real Trainer, on the oldest SimpleTuner supported, in .venv-oldest
 # make families      the README's support table, from the family tests' own results
-# make bench    every benchmark but the GPU's, and docs/benchmarks.md from the results
+# make bench    every benchmark but the GPU's, and docs/benchmarks.md and the README's table from the results
+# make faults   1,000 kills of the writer and every other fault, for real; writes docs/reliability.md (mounting needs root)
+# make fuzz     210,000 inputs over every reader; writes docs/reliability.md
 # make lint     ruff and mypy
 # make clean    removes everything that the above have made
 #
@@ -15,7 +17,7 @@ STAMP = .venv/layerprobe-setup
 OLDEST = 4.8.0
 export PYTHON
 
-.PHONY: setup demo test test-oldest families bench lint clean
+.PHONY: setup demo test test-oldest families bench faults fuzz lint clean
 
 setup: $(STAMP)
 
@@ -48,9 +50,20 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/analysis.py
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/stratified.py
 	$(BIN)/python benchmarks/tables.py
 
+faults: export LAYERPROBE_RECORD_FAULTS = 1
+faults: export LAYERPROBE_KILLS = 1000
+faults: $(STAMP)
+	$(BIN)/pytest tests/test_faults.py tests/test_faults_kills.py tests/test_real_faults.py
+	$(BIN)/python tools/reliability.py
+
+fuzz: $(STAMP)
+	$(BIN)/python tests/fuzz/run.py --inputs 210000 --save tests/fuzz/results.json
+	$(BIN)/python tools/reliability.py
+
 clean:
-	rm -rf .venv .venv-oldest .venv-oldest.txt demo build dist simpletuner_layerprobe.egg-info
+	rm -rf .venv .venv-oldest .venv-oldest.txt demo artefacts build dist simpletuner_layerprobe.egg-info
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache debug.log
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

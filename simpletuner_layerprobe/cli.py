@@ -11,18 +11,21 @@ from contextlib import suppress
 from simpletuner_layerprobe import ProbeError, __version__
 from simpletuner_layerprobe.commands import (
     check_config,
+    compact,
+    compare,
     doctor,
     export,
     findings,
     heatmap,
     import_file,
     lokr,
+    merge,
     report,
     status,
 )
 from simpletuner_layerprobe.commands.arguments import Parser
 
-COMMANDS = (doctor, status, heatmap, findings, report, lokr, check_config, import_file, export)
+COMMANDS = (doctor, status, heatmap, findings, report, compare, lokr, check_config, import_file, export, merge, compact)
 PROBLEM, INTERRUPTED = 1, 130
 
 

@@ -1,4 +1,4 @@
-"""Headless Chromium over its debugging pipe: pages from disk, real pointer and keys, screenshots."""
+"""Headless Chromium over its debugging pipe: pages from disk or a server, real pointer and keys, screenshots."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -53,6 +54,7 @@ class Page:
         self._number = 0
         self._session: str | None = None
         self._rest = b""
+        self._files: Callable[[str], tuple[str, bytes] | None] = lambda url: None
         self.problems: list[str] = []
         self.asked: list[str] = []
         targets = self.call("Target.getTargets")["targetInfos"]
@@ -76,17 +78,39 @@ class Page:
         os.close(self._answers)
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
+        number = self._send(method, parameters)
+        while True:
+            answer = self._next()
+            if answer.get("id") == number:
+                assert "error" not in answer, (method, answer)
+                result: dict[str, Any] = answer["result"]
+                return result
+
+    def _send(self, method: str, parameters: dict[str, Any]) -> int:
         self._number += 1
         message = {"id": self._number, "method": method, "params": parameters}
         if self._session:
             message["sessionId"] = self._session
-        os.write(self._commands, json.dumps(message).encode() + b"\0")
-        while True:
-            answer = self._next()
-            if answer.get("id") == self._number:
-                assert "error" not in answer, (method, answer)
-                result: dict[str, Any] = answer["result"]
-                return result
+        data = json.dumps(message).encode() + b"\0"
+        while data:
+            data = data[os.write(self._commands, data) :]
+        return self._number
+
+    def serve(self, pattern: str, files: Callable[[str], tuple[str, bytes] | None]) -> None:
+        """Answer what the page asks of URLs like `pattern` with (media type, content) of `files`, None: let through."""
+        self._files = files
+        self.call("Fetch.enable", patterns=[{"urlPattern": pattern}])
+
+    def _answer(self, what: dict[str, Any]) -> None:
+        request = {"requestId": what["requestId"]}
+        found = self._files(what["request"]["url"])
+        if found is None:
+            self._send("Fetch.continueRequest", request)
+            return
+        media_type, content = found
+        headers = [{"name": "Content-Type", "value": media_type}, {"name": "Access-Control-Allow-Origin", "value": "*"}]
+        body = base64.b64encode(content).decode()
+        self._send("Fetch.fulfillRequest", request | {"responseCode": 200, "responseHeaders": headers, "body": body})
 
     def _next(self) -> dict[str, Any]:
         end = time.monotonic() + PATIENCE
@@ -110,8 +134,12 @@ class Page:
             self.problems.append(json.dumps(what["args"])[:500])
         elif method == "Network.requestWillBeSent":
             self.asked.append(what["request"]["url"])
+        elif method == "Fetch.requestPaused":
+            self._answer(what)
 
-    def open(self, path: Path, *, width: int = 1280, height: int = 900, dark: bool = False, scale: int = 1) -> None:
+    def open(
+        self, page: Path | str, *, width: int = 1280, height: int = 900, dark: bool = False, scale: int = 1
+    ) -> None:
         self.call(
             "Emulation.setDeviceMetricsOverride",
             width=width,
@@ -122,10 +150,15 @@ class Page:
         media = {"prefers-color-scheme": "dark" if dark else "light", "prefers-reduced-motion": "reduce"}
         features = [{"name": name, "value": value} for name, value in media.items()]
         self.call("Emulation.setEmulatedMedia", features=features)
-        self.call("Page.navigate", url=path.as_uri())
-        end = time.monotonic() + PATIENCE
-        while self.value("document.readyState + location.href.slice(0, 5)") != "completefile:":
-            assert time.monotonic() < end, "the page does not load"
+        url = page.as_uri() if isinstance(page, Path) else page
+        self.call("Page.navigate", url=url)
+        self.wait_for(f"document.readyState == 'complete' && location.href.startsWith({json.dumps(url[:5])})")
+
+    def wait_for(self, expression: str, seconds: float = PATIENCE) -> None:
+        """Until a JavaScript expression is true."""
+        end = time.monotonic() + seconds
+        while not self.value(f"!!({expression})"):
+            assert time.monotonic() < end, f"this did not become true in {seconds:.0f} s: {expression}"
             time.sleep(0.05)
 
     def value(self, expression: str) -> Any:

@@ -75,3 +75,141 @@ def unknown_family_with_taps() -> None:
 
     unknown_family()
     taps.tap_flux()
+
+
+def slow_steps() -> None:
+    """The third training step takes half a minute."""
+    import time
+
+    from simpletuner.helpers.models.sd3.transformer import SD3Transformer2DModel
+
+    forward = SD3Transformer2DModel.forward
+    steps = 0
+
+    def slow(self: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == 3:
+            print("\nthird step begins", flush=True)
+            end = time.monotonic() + 30
+            while time.monotonic() < end:
+                time.sleep(0.05)
+        return forward(self, *args, **kwargs)
+
+    SD3Transformer2DModel.forward = slow
+
+
+def sometimes_no_number() -> None:
+    """Block 2's feed-forward gives NaN in every third step, infinity in the one after it."""
+    import torch
+    from diffusers.models.attention import FeedForward
+    from simpletuner.helpers.models.sd3.transformer import SD3Transformer2DModel
+
+    inner, outer = FeedForward.forward, SD3Transformer2DModel.forward
+    steps, calls = -1, 0
+
+    def feed_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        result = inner(self, *args, **kwargs)
+        if calls == 5 and steps % 3:  # two in each of the blocks 0 and 1
+            result = torch.full_like(result, float("nan") if steps % 3 == 1 else float("inf"))
+        return result
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal steps, calls
+        steps, calls = steps + 1, 0
+        return outer(self, *args, **kwargs)
+
+    FeedForward.forward, SD3Transformer2DModel.forward = feed_forward, forward
+
+
+def jumping_clock() -> None:
+    """The time of day is a day later or earlier at every look; what only counts up is left alone."""
+    import time
+
+    now, looks = time.time, 0
+
+    def jumping() -> float:
+        nonlocal looks
+        looks += 1
+        return now() + (86400 if looks % 2 else -86400)
+
+    time.time = jumping
+
+
+def eager_trackers() -> None:
+    """Trackers that see every flush instead of one a minute."""
+    from simpletuner_layerprobe.record import live
+
+    live.EVERY_SECONDS = 0.0
+    live.COST = float("inf")
+
+
+def failing_tracker() -> None:
+    """A TensorBoard whose disk is full from the second value on."""
+    from accelerate.tracking import TensorBoardTracker
+
+    eager_trackers()
+    log = TensorBoardTracker.log
+    probe_values: list[dict] = []
+
+    def full(self: Any, values: dict, step: int | None = None, **kwargs: Any) -> None:
+        if "layerprobe/samples" in values:
+            probe_values.append(values)
+            if len(probe_values) > 1:
+                raise OSError(28, "No space left on device")
+        log(self, values, step=step, **kwargs)
+
+    TensorBoardTracker.log = full
+
+
+def parsed_examples() -> None:
+    """What SimpleTuner and the probe make of the environments in examples.json: a list of folder and name."""
+    import json
+    import os
+    from pathlib import Path
+    from types import SimpleNamespace
+
+    from simpletuner.helpers.configuration.loader import load_config
+    from simpletuner.helpers.data_backend.config import create_backend_config
+    from simpletuner.helpers.data_backend.factory import FactoryRegistry, init_backend_config
+
+    from simpletuner_layerprobe.record import trainer as probe
+    from simpletuner_layerprobe.settings import ProbeSettings
+
+    accelerator = SimpleNamespace(is_main_process=True, is_local_main_process=True, num_processes=1, process_index=0)
+    start = Path.cwd()
+    found = {}
+    for folder, name in json.loads(Path("examples.json").read_text()):
+        os.chdir(start / folder)
+        os.environ["ENV"] = name
+        try:
+            config = load_config(None, exit_on_error=True)
+        except BaseException as error:
+            found[name] = {"error": str(error)}
+            continue
+        options = json.loads(Path("config", name, "config.json").read_text())
+        parsed = {option: getattr(config, option) for option in options}
+        factory = FactoryRegistry(config, accelerator, None, None, None)
+        backends = {}
+        for backend in factory.load_configuration():
+            factory._handle_resolution_conversion(backend)
+            create_backend_config(backend, vars(config)).validate(vars(config))
+            backends[backend["id"]] = init_backend_config(backend, config, accelerator)["config"].get("resolution")
+        settings = ProbeSettings.from_config(config)
+        changed = probe.start_session(SimpleNamespace(config=config), settings).changed if settings else []
+        found[name] = {"parsed": parsed, "backends": backends, "changed": changed, "probe": settings is not None}
+    os.chdir(start)
+    Path("found.json").write_text(json.dumps(found, default=str))
+    sys.exit(0)
+
+
+def eager_wandb() -> None:
+    """The same, with wandb's folder for pictures made anew: an earlier forked run took it along when it ended."""
+    from pathlib import Path
+
+    from wandb.sdk.data_types._private import MEDIA_TMP
+
+    eager_trackers()
+    Path(MEDIA_TMP.name).mkdir(exist_ok=True)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from simpletuner_layerprobe.run.manifest import SCHEMA_VERSION, Manifest, Module, Stream
+from simpletuner_layerprobe.run.manifest import EXTRA_SCHEMA, SCHEMA_VERSION, Manifest, Module, Stream
+from simpletuner_layerprobe.run.readings import UPDATE_COSINE, extra_readings
 from simpletuner_layerprobe.run.shards import Rows, Run, ShardWriter, create_run, open_run
 
 SD35_LARGE = {
@@ -103,6 +105,30 @@ def write_run(
                 backends=("photos",),
             )
         )
+    return open_run(folder)
+
+
+def write_extra_run(
+    folder: Path, blocks: Mapping[str, tuple[str, ...]], samples: int, *, pairs: int = 4, seam: int | None = None
+) -> Run:
+    """A run with the further readings: updates, and pairs up to `pairs` blocks, none over the seam before a block."""
+    random = np.random.default_rng(1)
+    what = manifest(blocks)
+    what = replace(what, schema=EXTRA_SCHEMA, extra=extra_readings(True, pairs))
+    sigma_N = random.random(samples)
+    values = {}
+    for stream in what.streams:
+        for reading in what.readings(stream):
+            columns = len(reading.columns(stream.blocks))
+            value_NC = random.random((samples, columns)).astype(np.float32) * 0.2 * reading.span
+            if reading.kind == UPDATE_COSINE:
+                value_NC = value_NC * 5 - 0.7
+                value_NC[::3, 1] = np.nan  # an update of zero
+            if reading.span > 1 and seam is not None:
+                value_NC[:, max(0, seam - reading.span + 1) : seam] = np.nan
+            values[stream.name, reading.name] = value_NC
+    create_run(folder, what)
+    ShardWriter(folder, what, rank=0).write(rows(sigma_N, values))
     return open_run(folder)
 
 

@@ -16,12 +16,15 @@ from simpletuner_layerprobe import ProbeError
 from simpletuner_layerprobe.analyse.contribution import critical_blocks
 from simpletuner_layerprobe.analyse.findings import (
     ALPHA,
+    ISLAND_ALPHA,
     KINDS,
     SAMPLES,
     Section,
+    _shift,
     as_json,
     findings,
     islands,
+    shortest_island,
     words,
 )
 from simpletuner_layerprobe.analyse.heatmap import heatmaps
@@ -57,13 +60,42 @@ class Plant:
         return found
 
 
+def uniform(random: np.random.Generator, samples: int) -> NDArray[np.float64]:
+    return random.random(samples)
+
+
+def stratified(random: np.random.Generator, samples: int) -> NDArray[np.float64]:
+    """As even as can be: one sample in every one of `samples` equal parts."""
+    return (random.permutation(samples) + random.random(samples)) / samples
+
+
+def training(random: np.random.Generator, samples: int) -> NDArray[np.float64]:
+    """SD3's own logit-normal schedule: many samples in the middle bins, few at the ends."""
+    return 1 / (1 + np.exp(-random.standard_normal(samples)))
+
+
+SIGMAS = {"uniform": uniform, "stratified": stratified, "training": training}
+
+
 def made(
-    plant: Plant, seed: int, *, samples: int = SAMPLES, what: Manifest | None = None, shared: float = 0.3
+    plant: Plant,
+    seed: int,
+    *,
+    samples: int = SAMPLES,
+    what: Manifest | None = None,
+    shared: float = 0.3,
+    sigmas: str = "uniform",
+    island: float = 1.5,
+    uneven: float = 0.08,
 ) -> Observation:
-    """A run of SD3.5 Large's shape in sums. `shared`: the part of the noise that all blocks of a sample share."""
+    """A run in sums, of SD3.5 Large's shape unless `what` is another.
+
+    shared: the part of the noise that all blocks of a sample share. sigmas: one of SIGMAS. island: the level inside
+    an island, in parts of that outside. uneven: standard deviation of the blocks' levels, in parts of their mean.
+    """
     random = np.random.default_rng(seed)
     what = what or manifest(SD35_LARGE, tokens=("last",))
-    sigma_N = random.random(samples)
+    sigma_N = SIGMAS[sigmas](random, samples)
     facts: dict[str, NDArray[Any]] = {
         "caption length": random.integers(5, 200, samples),
         "size": random.choice([512, 768, 1024], samples),
@@ -74,9 +106,9 @@ def made(
     distances = {}
     for stream in what.streams:
         name, L = stream.name, len(stream.blocks)
-        level_L = 0.1 * (1 + 0.08 * random.standard_normal(L))
+        level_L = 0.1 * (1 + uneven * random.standard_normal(L))
         for first, last in plant.islands.get(name, []):
-            level_L[first : last + 1] *= 1.5
+            level_L[first : last + 1] *= island
         level_L[plant.critical.get(name, [])] *= 5
         level_L[plant.least.get(name, [])] = 0.02
         level_NL = np.broadcast_to(level_L, (samples, L)).copy()
@@ -175,6 +207,92 @@ def test_planted_islands_are_found_with_their_ends() -> None:
     assert right / (right + wrong) >= 0.95 and right / (right + missed) >= 0.95, (right, wrong, missed)
     assert blocks_right / (blocks_right + blocks_wrong) >= 0.95, (blocks_right, blocks_wrong)
     assert blocks_right / (blocks_right + blocks_missed) >= 0.95, (blocks_right, blocks_missed)
+
+
+def shape(blocks: int, streams: tuple[str, ...] = ("image", "text")) -> Manifest:
+    return manifest({name: tuple(f"b.{i}" for i in range(blocks)) for name in streams}, tokens=("last",))
+
+
+MODELS = {"24": shape(24), "30, one stream": shape(30, ("image",)), "57": shape(57), "48, three": shape(48, (*"abc",))}
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("strength", [1.5, 4.0])
+def test_an_island_is_found_at_any_place_in_any_model(model: str, strength: float) -> None:
+    """At the first and the last blocks and in the middle, also where each of its blocks is critical by itself."""
+    what = MODELS[model]
+    name, L = what.streams[0].name, len(what.streams[0].blocks)
+    right = wrong = planted = 0
+    for seed, width in enumerate((5, 8) * 3):
+        first = (0, L - width, (L - width) // 2)[seed // 2]
+        observation = made(Plant(islands={name: [(first, first + width - 1)]}), seed, what=what, island=strength)
+        found = [those for kind, stream, those in seen(observation) if (kind, stream) == ("islands", name)]
+        hits = [one for one in found if abs(one[0] - first) <= 1 and abs(one[-1] - first - width + 1) <= 1]
+        right, wrong, planted = right + bool(hits), wrong + len(found) - len(hits), planted + 1
+    assert (right, wrong) == (planted, 0)
+
+
+def test_a_valley_is_no_island_and_a_critical_block_at_its_end_belongs_to_it() -> None:
+    random = np.random.default_rng(0)
+    level_L = 0.1 * (1 + 0.08 * random.standard_normal(38))
+    valley_L = level_L.copy()
+    valley_L[10:16] = 0.03
+    assert islands(valley_L) == ()
+    level_L[19:31] *= 1.5
+    level_L[31] = 0.6
+    (found,) = islands(level_L)
+    assert (found.first, found.last) == (19, 31)
+    # The one large block moves neither the difference nor its interval much.
+    assert 0.03 < found.low < found.excess < found.high < 0.08
+
+
+def test_the_shift_is_the_median_of_all_differences() -> None:
+    random = np.random.default_rng(1)
+    covered = 0
+    for _ in range(300):
+        inside_I, outside_O = 0.5 + random.standard_normal(8), random.standard_normal(25)
+        excess, low, high = _shift(inside_I, outside_O)
+        assert excess == pytest.approx(np.median([a - b for a in inside_I for b in outside_O]))
+        covered += low <= 0.5 <= high
+    assert 0.92 <= covered / 300 <= 0.99
+
+
+def test_the_shortest_island_is_the_one_that_chance_seldom_makes() -> None:
+    for blocks, shortest in ((24, 4), (38, 4), (57, 3)):
+        assert shortest_island(blocks, ISLAND_ALPHA / 2) == shortest
+        note = next(one for one in findings(made(Plant(), 0, what=shape(blocks))) if one.kind == "islands").notes[0]
+        assert f"fewer than {shortest} side by side" in note
+    assert shortest_island(10, ISLAND_ALPHA / 2) == 0
+    few = section(made(Plant(), 0, what=shape(10)), "islands")
+    assert few.missing == "not enough blocks: among 10, neighbours cannot be told from chance"
+
+
+@pytest.mark.parametrize("kind", ["critical", "gradients", "two-ended", "captions dropped"])
+@pytest.mark.parametrize("model", ["24", "57"])
+def test_what_is_planted_is_found_in_other_models_with_stratified_sigmas(kind: str, model: str) -> None:
+    what = MODELS[model]
+    last = len(what.streams[0].blocks) - 1
+    plant = {
+        "critical": Plant(critical={"image": [0, last]}),
+        "gradients": Plant(gradients={"image": {0: 1, 9: -1, last: 1}}),
+        "two-ended": Plant(two_ended={"image": [1, last]}),
+        "captions dropped": Plant(conditions={"captions dropped": {"image": [0, last]}}),
+    }[kind]
+    right = wrong = missed = 0
+    for seed in range(6):
+        found = Counter({key: 1 for key in seen(made(plant, seed, what=what, sigmas="stratified")) if key[0] == kind})
+        right += (found & plant.expected()).total()
+        wrong += (found - plant.expected()).total()
+        missed += (plant.expected() - found).total()
+    assert right / (right + wrong) >= 0.95 and right / (right + missed) >= 0.95, (right, wrong, missed)
+
+
+def test_a_training_schedule_leaves_bins_that_hide_weaker_effects_and_says_so() -> None:
+    notes = section(made(Plant(), 0, sigmas="training"), "gradients").notes
+    assert "the emptiest sigma bin has" in notes[0] and "below 200 weaker effects are missed" in notes[0]
+    assert section(made(Plant(), 0), "gradients").notes == ()
+    observation = made(Plant(two_ended={"image": [2, 18]}), 1, samples=8000, sigmas="training")
+    assert {one.blocks[0].rpartition(".")[2] for one in section(observation, "two-ended").findings} == {"2", "18"}
 
 
 @pytest.mark.parametrize("samples", [300, SAMPLES])

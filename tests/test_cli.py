@@ -24,7 +24,20 @@ TINY = {
     "image": tuple(f"transformer_blocks.{i}" for i in range(6)),
     "text": tuple(f"transformer_blocks.{i}" for i in range(5)),
 }
-COMMANDS = ("doctor", "status", "heatmap", "findings", "report", "lokr", "check-config", "import", "export")
+COMMANDS = (
+    "doctor",
+    "status",
+    "heatmap",
+    "findings",
+    "report",
+    "compare",
+    "lokr",
+    "check-config",
+    "import",
+    "export",
+    "merge",
+    "compact",
+)
 
 
 @dataclass(frozen=True)
@@ -222,10 +235,10 @@ def test_a_run_of_a_newer_schema_is_one_line_naming_both_versions(
     layerprobe: Callable[..., Result], tiny: Path, tmp_path: Path
 ) -> None:
     path = tiny / "manifest.json"
-    path.write_text(path.read_text().replace('"schema": 1', '"schema": 2'))
+    path.write_text(path.read_text().replace('"schema": 1', '"schema": 3'))
     before = snapshot(tmp_path)
     for command in (*run_commands(tiny, tmp_path / "out"), ("check-config", path, "--run", tiny)):
-        assert_one_line(layerprobe(*command), 1, "schema 2", "schema 1", "upgrade")
+        assert_one_line(layerprobe(*command), 1, "schema 3", "schema 1 and 2", "upgrade")
     assert snapshot(tmp_path) == before
 
 

@@ -32,7 +32,20 @@ from simpletuner_layerprobe.settings import OPTIONS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = ("doctor", "status", "heatmap", "findings", "report", "lokr", "check-config", "import", "export")
+COMMANDS = (
+    "doctor",
+    "status",
+    "heatmap",
+    "findings",
+    "report",
+    "compare",
+    "lokr",
+    "check-config",
+    "import",
+    "export",
+    "merge",
+    "compact",
+)
 RUN = "output/tiny-probe/layerprobe"
 SOME_LINES = "..."
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack"}

@@ -15,6 +15,8 @@ import pytest
 from real import ANSI
 from test_real_run import RUN, column, run_of
 
+from simpletuner_layerprobe.settings import OPTIONS
+
 BIN = Path(sys.executable).parent
 ENVIRONMENT = {
     **{name: value for name, value in os.environ.items() if not name.startswith("SIMPLETUNER_")},
@@ -99,14 +101,6 @@ def test_the_options_are_in_the_webuis_training_tab(simpletuner, tiny):
     result = simpletuner.run(folder, "tiny-probe", setup="setups.py:webui_fields")
     assert result.code == 0, result.log[-4000:]
     fields = json.loads((folder / "fields.json").read_text())
-    assert list(fields) == [
-        "layerprobe",
-        "layerprobe_dir",
-        "layerprobe_sigmas",
-        "layerprobe_samples",
-        "layerprobe_stop_when_stable",
-        "layerprobe_discover",
-        "layerprobe_flush_seconds",
-    ]
+    assert list(fields) == [option.name for option in OPTIONS]
     assert fields["layerprobe_sigmas"]["choices"] == ["uniform", "stratified", "training"]
     assert all(field["help"] and field["label"] and field["section"] == "layer_probe" for field in fields.values())

@@ -30,7 +30,7 @@ def distances(run: Run) -> dict[str, np.ndarray]:
 
 def assert_equal_to_reference(folder: Path, run: Run, streams: dict[str, int]) -> None:
     reference = np.load(folder / "reference.npz")
-    recorded = distances(run)
+    recorded = {name: values for name, values in distances(run).items() if name.endswith((".last", ".mean"))}
     expected = {f"{stream}.{reading}" for stream in streams for reading in ("last", "mean")}
     assert set(recorded) == set(reference.files) == expected
     for name, values in recorded.items():
@@ -40,9 +40,21 @@ def assert_equal_to_reference(folder: Path, run: Run, streams: dict[str, int]) -
         assert values.min() > 0
 
 
-@pytest.mark.parametrize("batch_size", [1, 2])
-def test_every_distance_equals_the_articles_formula(simpletuner, tiny, batch_size):
-    folder = tiny(train_batch_size=batch_size, max_train_steps=6, gradient_checkpointing=True)
+def assert_equal_to_further_reference(folder: Path, run: Run) -> None:
+    further = np.load(folder / "further.npz")
+    recorded = distances(run)
+    assert {name for name in recorded if not name.endswith((".last", ".mean"))} == set(further.files)
+    for name in further.files:
+        assert recorded[name].shape == further[name].shape
+        scale = np.maximum(1, np.abs(further[name]))  # a norm above 1 is as exact as its digits
+        np.testing.assert_allclose(recorded[name] / scale, further[name] / scale, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "further"), [(1, {}), (2, {"layerprobe_residual": True, "layerprobe_block_pairs": 3})]
+)
+def test_every_distance_equals_the_articles_formula(simpletuner, tiny, batch_size, further):
+    folder = tiny(train_batch_size=batch_size, max_train_steps=6, gradient_checkpointing=True, **further)
     before = hashes(folder / "pipeline")
     result = simpletuner.run(folder, "tiny-probe", setup="taps.py:tap_sd3")
     assert result.code == 0, result.log[-4000:]
@@ -50,6 +62,10 @@ def test_every_distance_equals_the_articles_formula(simpletuner, tiny, batch_siz
     run = open_run(folder / "output" / "tiny-probe" / "layerprobe")
     assert run.sample_count() == 6 * batch_size
     assert_equal_to_reference(folder, run, {"image": 6, "text": 5})
+    assert run.manifest.schema == (2 if further else 1)
+    assert ("layerprobe: further readings: update_norm_last," in result.log) == bool(further)
+    if further:
+        assert_equal_to_further_reference(folder, run)
 
     assert hashes(folder / "pipeline") == before
     left = {path.suffix for path in (folder / "output").rglob("*") if path.is_file()}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import sys
 from types import SimpleNamespace
 
@@ -12,7 +13,11 @@ from simpletuner_layerprobe.record import config
 @pytest.fixture
 def parse(monkeypatch):
     """SimpleTuner's parser after `install`; it returns the arguments that it got."""
-    loader = SimpleNamespace(helpers={"cmd": lambda input_args=None, exit_on_error=False: input_args})
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    loader = SimpleNamespace(
+        cmd_args=SimpleNamespace(get_argument_parser=lambda: parser),
+        helpers={"cmd": lambda input_args=None, exit_on_error=False: input_args},
+    )
     config.install(loader)
 
     def call(input_args, argv=()):
@@ -49,3 +54,15 @@ def test_a_wrong_flag_reaches_the_parser_as_true_and_is_refused(parse):
     for good in ("true", "no", "1", "off"):
         parse([f"--layerprobe={good}"])
         config.check_flag()
+
+
+def test_the_parser_takes_any_value_of_the_probes_choices_and_no_other():
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    for name in ("layerprobe_sigmas", "optimizer"):
+        parser.add_argument(f"--{name}", choices=["uniform", "adamw"])
+    with pytest.raises(argparse.ArgumentError):
+        parser.parse_args(["--layerprobe_sigmas=even"])
+    config.take_any_value(parser)
+    assert parser.parse_args(["--layerprobe_sigmas=even"]).layerprobe_sigmas == "even"
+    with pytest.raises(argparse.ArgumentError):
+        parser.parse_args(["--optimizer=even"])

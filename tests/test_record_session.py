@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from failing import fails
 from synthetic_run import write_run
+from test_run_lock import holding
 
 from simpletuner_layerprobe.record.fingerprint import fingerprint
 from simpletuner_layerprobe.record.session import Session
@@ -87,3 +89,13 @@ def test_a_run_that_cannot_be_judged_goes_on_and_says_so_once(tmp_path, monkeypa
         one._judge()
     assert not one.wants_to_stop()
     assert capsys.readouterr().out.count("layerprobe_stop_when_stable has no effect any more: shard") == 1
+
+
+def test_a_rank_is_recorded_by_one_process_at_a_time(tmp_path, monkeypatch):
+    write_run(tmp_path / "run", {"image": ("a", "b")}, 20)
+    with holding(tmp_path / "run" / "shards" / "rank00001.lock"):
+        with fails("another process is recording rank 1 of the run"):
+            session(tmp_path, monkeypatch, rank=1, ranks=2)
+        assert session(tmp_path, monkeypatch, rank=0, ranks=2).recorded == 20
+        assert session(tmp_path, monkeypatch, rank=1, ranks=2, samples=20).nothing_to_do
+    assert session(tmp_path, monkeypatch, rank=1, ranks=2).recorded == 20

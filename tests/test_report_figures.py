@@ -197,3 +197,21 @@ def test_the_arrays_are_named_and_need_no_pickle() -> None:
         assert arrays["image_count"].tolist() == [5, 5, 5, 0, 5, 5, 5, 5, 5, 5]
         assert tuple(arrays["text_blocks"]) == streams["text"].blocks
         assert arrays["combined_mean"].shape == (10, 37)
+
+
+def test_an_svg_is_one_xml_file_with_its_texts_and_nothing_from_outside() -> None:
+    from xml.etree import ElementTree
+
+    streams = {"image": heatmap("image", 38), "text": heatmap("text", 37, empty=(2,))}
+    svg = streams_figure(streams, model="a <b> & 'c'", file_format="svg")
+    assert svg == streams_figure(streams, model="a <b> & 'c'", file_format="svg")
+    root = ElementTree.fromstring(svg)
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    for element in root.iter():
+        # Texts are outlines: a paper shows them alike whatever fonts there are.
+        assert element.tag.rpartition("}")[2] not in ("text", "script", "foreignObject")
+        for name, value in element.attrib.items():
+            assert not name.endswith("href") or value.startswith(("#", "data:image/png;base64,"))  # the colour bars
+            assert "url(" not in value or "url(#" in value
+    assert {"image stream, linear", "text stream, log1p", "block number"} <= words(svg)
+    assert root.attrib["width"].endswith("pt") and float(root.attrib["width"][:-2]) > 500

@@ -11,6 +11,7 @@ from pathlib import Path
 import chromium
 import numpy as np
 import pytest
+from kept_files import artefact
 from synthetic_run import SD35_LARGE, manifest, rows, sd3_modules, write_run
 
 from simpletuner_layerprobe import ProbeError
@@ -95,6 +96,44 @@ def test_every_string_of_a_run_is_escaped(tmp_path: Path) -> None:
     assert data(text)["blocks"][0] == NASTY  # type: ignore[index]
 
 
+@pytest.mark.parametrize(
+    ("streams", "weighting", "said"),
+    [
+        (("image",), {}, "the image stream clipped at percentile 90 of its cells, averaged over sigma"),
+        (("image", "text"), {}, "image weighted 2/3 and text 1/3"),
+        (("image", "audio", "text"), {}, "image and audio weighted 2/3 and text 1/3"),
+        (("image", "audio"), {}, "image and audio weighted 2/3, averaged"),
+        (
+            ("image", "text"),
+            {"text_weight": 0.5, "image_weight": 0.123, "clip_percentile": 95.0},
+            "each stream clipped at percentile 95 of its cells, image weighted 0.123 and text 1/2, averaged",
+        ),
+    ],
+)
+def test_the_page_names_the_weights_that_were_used(
+    streams: tuple[str, ...], weighting: dict[str, float], said: str, tmp_path: Path
+) -> None:
+    blocks = {name: tuple(f"b.{i}" for i in range(10)) for name in streams}
+    text = page(write_run(tmp_path / "run", blocks, 400), **weighting)
+    assert said in text
+    for name, value in weighting.items():
+        assert f"--{name.replace('_', '-')} {value!r}" in text
+
+
+def test_a_command_stands_only_where_it_would_work(tmp_path: Path, large: Run) -> None:
+    assert "--out lycoris_config.json" in page(large) and "--unverified" not in page(large)
+    run = write_run(tmp_path / "run", {"image": ("b.0", "b.1", "b.2")}, 50)
+    assert "--unverified --out lycoris_config.json" in page(run)
+    (run.path / "config.json").write_text("{}")
+    assert "--unverified --env weighted\nsimpletuner train env=weighted" in page(run)
+
+
+def test_one_sample_is_one_sample(tmp_path: Path) -> None:
+    text = page(write_run(tmp_path / "run", SD35_LARGE, 1, shards=1))
+    assert "of the image and text streams, seen in 1 sample." in text
+    assert text.count("<h4>every stream</h4>") >= 5
+
+
 def test_a_run_without_samples_or_this_reading_is_refused(tmp_path: Path, large: Run) -> None:
     what = manifest({"image": ("b.0", "b.1")}, tokens=("last",))
     with pytest.raises(ProbeError, match="has no samples"):
@@ -108,7 +147,7 @@ def test_two_samples_and_equal_blocks_still_give_a_page(tmp_path: Path) -> None:
     create_run(tmp_path, what)
     ShardWriter(tmp_path, what, rank=0).write(rows([0.5, 0.6], {("image", "last"): np.full((2, 2), 0.1, np.float32)}))
     text = page(open_run(tmp_path))
-    assert "Not enough samples" in text and "same contribution" in text
+    assert "Not enough samples" in text and "same contribution" in text and 'id="command"' not in text
 
 
 def test_the_page_of_the_articles_run_is_made_in_five_seconds(tmp_path: Path) -> None:
@@ -155,7 +194,8 @@ def test_nothing_overflows_and_nothing_complains(tab: chromium.Page, file: Path,
     assert tab.value("document.documentElement.scrollWidth") <= width
     outside = "[...document.querySelectorAll('main *')].filter(e => !e.closest('.scroll,.wide,.said') && "
     assert tab.value(outside + "e.getBoundingClientRect().right > innerWidth + 1).length") == 0
-    assert tab.picture(file.with_suffix(".png")).stat().st_size > 20_000
+    name = f"report-{'desktop' if width > 600 else 'phone'}{'-dark' if dark else ''}.png"
+    assert tab.picture(artefact(name)).stat().st_size > 20_000
     assert_clean(tab)
 
 
@@ -189,7 +229,37 @@ def test_strings_of_a_run_stay_strings_and_the_page_prints(tab: chromium.Page, t
     assert tab.value("document.querySelectorAll('img').length") == 0
     assert tab.value("document.querySelector('h1').textContent").startswith("</script>")
     assert tab.value("document.documentElement.scrollWidth") <= 380
-    assert tab.printed(tmp_path / "page.pdf").read_bytes().startswith(b"%PDF")
+    assert_clean(tab)
+
+
+@needs_browser
+def test_the_page_prints_with_everything_open_and_nothing_cut_off(tab: chromium.Page, file: Path) -> None:
+    tab.open(file, width=1280)
+    assert tab.printed(artefact("report-print.pdf")).read_bytes().startswith(b"%PDF")
+    tab.call("Emulation.setEmulatedMedia", media="print")
+    tab.call("Emulation.setDeviceMetricsOverride", width=740, height=1000, deviceScaleFactor=1, mobile=False)
+    tab.value("dispatchEvent(new Event('beforeprint'))")
+    assert tab.value("[...document.querySelectorAll('canvas')].every(c => c.getBoundingClientRect().right <= 741)")
+    assert tab.value("[...document.querySelectorAll('details')].every(d => d.open)")
+    assert tab.picture(artefact("report-print.png")).stat().st_size > 20_000
+    tab.call("Emulation.setEmulatedMedia", media="")
+    assert_clean(tab)
+
+
+@needs_browser
+def test_every_control_is_reached_by_tab_and_shows_its_focus(tab: chromium.Page, file: Path) -> None:
+    tab.open(file)
+    reached = []
+    for _ in range(16):
+        tab.press("Tab")
+        outline = "getComputedStyle(e.closest('label') || e).outlineStyle"
+        reached.append(
+            tab.value(f"(() => {{const e = document.activeElement; return [e.tagName, e.name || '', {outline}];}})()")
+        )
+    names = [name for _, name, _ in reached]
+    assert names.index("scale") < names.index("colours")
+    canvases = [outline for tag, _, outline in reached if tag == "CANVAS"]
+    assert len(canvases) == 3 and all(outline != "none" for _, _, outline in reached), reached
     assert_clean(tab)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,10 +30,13 @@ from simpletuner_layerprobe.analyse.observation import (
 ALPHA = 0.05
 CONDITIONS = (*CONTINUOUS, DROPPED, BACKEND)
 KINDS = ("critical", "islands", "gradients", "two-ended", "least", *CONDITIONS)
-KIND_ALPHA = ALPHA / len(KINDS)
-"""The chance of a false finding that each kind may take, over all blocks and streams."""
+ISLAND_ALPHA = 0.02
+"""The chance of a false island, over all streams: few blocks leave few arrangements to compare with."""
+KIND_ALPHA = (ALPHA - ISLAND_ALPHA) / (len(KINDS) - 1)
+"""The chance of a false finding that each other kind may take, over all blocks and streams."""
 SAMPLES = 2000
-"""Samples with which planted effects are found with precision and recall of at least 0.95 (docs/findings.md)."""
+"""Samples, evenly over sigma, with which planted effects are found with precision and recall of at least 0.95
+(docs/findings.md)."""
 BIN_SAMPLES = 20  # below, a bin's spread is too uncertain for its standard error to be used
 GROUP_SAMPLES = 50  # of each of two groups that are compared, and of a conditioning fact per stratum on average
 MIN_BINS = 5  # filled, for a line or two ends and a middle to mean something
@@ -44,8 +47,8 @@ LINE_SHARE = 0.5  # of the variation between bins that a straight line must expl
 END = 0.2  # of sigma, at each end
 LEAST = 0.5  # of the median block
 ISLAND_BLOCKS = 3  # the shortest island
-MOST_ISLANDS = 3  # that are looked for together
-ISLAND_FLOOR = 0.10  # of the level of the surroundings
+TOGETHER = (0.6, 0.2, 0.2)  # islands are looked for one, two and three together, with these parts of their chance
+ISLAND_FLOOR = 0.15  # of the level of the surroundings
 HAMPEL = 3.0  # median absolute deviations, scaled to a normal's standard deviation
 PERMUTATIONS = 1999
 Z95 = 1.959963984540054
@@ -130,7 +133,12 @@ def as_json(sections: Sequence[Section]) -> dict[str, Any]:
             return {key: plain(inner) for key, inner in value.items()}
         return [plain(inner) for inner in value] if isinstance(value, list | tuple) else value
 
-    return {"alpha": ALPHA, "kind_alpha": KIND_ALPHA, "sections": [plain(asdict(section)) for section in sections]}
+    return {
+        "alpha": ALPHA,
+        "kind_alpha": KIND_ALPHA,
+        "island_alpha": ISLAND_ALPHA,
+        "sections": [plain(asdict(section)) for section in sections],
+    }
 
 
 # Candidates: what a kind found in one stream before the correction over streams
@@ -163,7 +171,7 @@ def _sections(kind: str, parts: dict[str, _Candidates]) -> Iterator[Section]:
         left = [
             Finding(**{**vars(finding), "p": corrected[name, i]})
             for i, finding in enumerate(part.found)
-            if corrected[name, i] <= KIND_ALPHA
+            if corrected[name, i] <= (ISLAND_ALPHA if kind == "islands" else KIND_ALPHA)
         ]
         left.sort(key=lambda finding: (-abs(finding.score), finding.blocks))
         yield Section(kind, name, tuple(left), part.samples, part.missing, part.notes)
@@ -194,8 +202,8 @@ def _too_few_bins(stream: StreamObservation, wanted: int) -> str:
     if good >= wanted:
         return ""
     return (
-        f"not enough samples: {good} of {stream.heatmap.bins} sigma bins have the {BIN_SAMPLES} that are needed, "
-        f"{wanted} such bins are"
+        f"not enough samples: {good} of {stream.heatmap.bins} sigma bins have {BIN_SAMPLES} or more, "
+        f"{'one' if wanted == 1 else wanted} must"
     )
 
 
@@ -207,10 +215,11 @@ def _level(stream: StreamObservation) -> tuple[NDArray[np.float64], NDArray[np.f
 
 
 def _weak_note(stream: StreamObservation) -> tuple[str, ...]:
-    samples = _samples(stream)
-    if samples >= SAMPLES:
+    fewest, wanted = int(stream.heatmap.count_T[_good_bins(stream)].min()), SAMPLES // stream.heatmap.bins
+    # A uniform run of SAMPLES has some bins below their part.
+    if fewest >= 0.75 * wanted:
         return ()
-    return (f"{samples:,} samples: below {SAMPLES:,} weaker effects are missed",)
+    return (f"the emptiest sigma bin has {fewest:,} samples: below {wanted:,} weaker effects are missed",)
 
 
 def _critical(stream: StreamObservation) -> _Candidates:
@@ -335,8 +344,10 @@ def _two_ended(stream: StreamObservation) -> _Candidates:
     if missing:
         return _Candidates((), 0, _samples(stream), missing)
     mean_TL, variance_TL = stream.heatmap.mean_TL, stream.error_TL() ** 2
-    means = [mean_TL[part].mean(axis=0) for part in parts]
-    variances = [variance_TL[part].sum(axis=0) / part.sum() ** 2 for part in parts]
+    # Within an end, and between them, a bin counts by its samples: a run on a training schedule has few at the ends.
+    weights = [part * stream.heatmap.count_T / (part * stream.heatmap.count_T).sum() for part in parts]
+    means = [weight_T @ mean_TL for weight_T in weights]
+    variances = [weight_T[part] ** 2 @ variance_TL[part] for weight_T, part in zip(weights, parts, strict=True)]
     level_L, _ = _level(stream)
     excess = [means[end] - means[2] for end in (0, 1)]
     error = [np.sqrt(variances[end] + variances[2]) for end in (0, 1)]
@@ -377,6 +388,11 @@ def _islands(stream: StreamObservation, streams: int) -> _Candidates:
         return _Candidates((), 0, _samples(stream), missing)
     level_L, _ = _level(stream)
     blocks = stream.heatmap.blocks
+    alpha = ISLAND_ALPHA / streams
+    shortest = shortest_island(len(blocks), alpha)
+    if not shortest:
+        missing = f"not enough blocks: among {len(blocks)}, neighbours cannot be told from chance"
+        return _Candidates((), 0, _samples(stream), missing)
     found = tuple(
         Finding(
             "islands",
@@ -390,18 +406,28 @@ def _islands(stream: StreamObservation, streams: int) -> _Candidates:
             "angular distance / π",
             island.score,
             min(1.0, island.p * streams),
-            float(level_L[island.first : island.last + 1].mean()),
+            float(np.median(level_L[island.first : island.last + 1])),
             _samples(stream),
         )
-        for island in islands(level_L, alpha=KIND_ALPHA / streams)
+        for island in islands(level_L, alpha=alpha)
     )
-    return _Candidates(found, len(found), _samples(stream), corrected=True)
+    notes = (f"among {len(blocks)} blocks, fewer than {shortest} side by side are no more than chance",)
+    return _Candidates(found, len(found), _samples(stream), notes=notes, corrected=True)
+
+
+def shortest_island(blocks: int, alpha: float) -> int:
+    """The smallest number of blocks that shuffling puts side by side, as the highest of all, with a chance below what
+    one island by itself may have. 0 if there are too few blocks for any."""
+    widths = range(ISLAND_BLOCKS, blocks // 2 + 1)
+    allowed = TOGETHER[0] * alpha / 2
+    return next((width for width in widths if (blocks - width + 1) / math.comb(blocks, width) <= allowed), 0)
 
 
 @dataclass(frozen=True)
 class Island:
-    """Positions first .. last (inclusive) of a range above the rest. excess: mean inside minus mean of the others, with
-    its 95% interval low .. high. score: the range's share of all variation, as a correlation. p: of that score."""
+    """Positions first .. last (inclusive) of a range above the rest. excess: median difference between a block inside
+    and one outside, with its 95% interval low .. high. score: the range's share of all variation, as a correlation.
+    p: of that score."""
 
     first: int
     last: int
@@ -412,27 +438,50 @@ class Island:
     p: float
 
 
-def islands(level_L: NDArray[np.float64], *, alpha: float = KIND_ALPHA, seed: int = 0) -> tuple[Island, ...]:
+def islands(level_L: NDArray[np.float64], *, alpha: float = ISLAND_ALPHA, seed: int = 0) -> tuple[Island, ...]:
     """The ranges of neighbouring numbers that lie above the others by more than chance puts together.
+
+    Looked for twice, at half the chance each. First without the critical blocks, which hide a lower island: one may
+    span them, and those beside it belong to it. Then in what is left with them: an island that stands out by much is
+    critical block by block.
+    """
+    random = np.random.default_rng(seed)
+    far_L = far_out(level_L)
+    kept = np.flatnonzero(~far_L)
+    found: list[Island] = []
+    taken_L = np.zeros(len(level_L), dtype=bool)
+    for one in _search(level_L[kept], np.arange(len(kept)), alpha / 2, random):
+        first, last = int(kept[one.first]), int(kept[one.last])
+        while first > 0 and far_L[first - 1]:
+            first -= 1
+        while last + 1 < len(level_L) and far_L[last + 1]:
+            last += 1
+        taken_L[first : last + 1] = True
+        found.append(replace(one, first=first, last=last))
+    found += _search(level_L, np.flatnonzero(~taken_L), alpha / 2, random)
+    return tuple(replace(one, p=min(1.0, 2 * one.p)) for one in found)
+
+
+def _search(
+    level_L: NDArray[np.float64], left: NDArray[np.intp], alpha: float, random: np.random.Generator
+) -> list[Island]:
+    """Islands among the positions `left`, found with a chance of at most alpha where there are none.
 
     One, two and three best ranges are chosen greedily, here and in PERMUTATIONS shuffles of the same numbers, which
     accounts for choosing among all ranges; where several together stand out, each must do so with the others taken
-    away. Found ones are taken out and the rest is looked at again. Critical blocks are left
-    out; numbers further from the median than HAMPEL deviations count as that far: one block makes no island.
+    away. Found ones are taken out and the rest is looked at again. Numbers further from the median than HAMPEL
+    deviations count as that far: one large block makes no island.
     """
-    kept = np.flatnonzero(~far_out(level_L))  # an island may span a critical block, which counts for nothing in it
-    bounded_L = level_L[kept]
-    median = float(np.median(bounded_L))
-    deviation = 1.4826 * float(np.median(np.abs(bounded_L - median)))
+    median = float(np.median(level_L))
+    deviation = 1.4826 * float(np.median(np.abs(level_L - median)))
     reach = HAMPEL * deviation if deviation > 0 else np.inf
-    clipped_L = np.clip(bounded_L, median - reach, median + reach)
-    left = np.arange(len(kept))  # positions among the kept; a range may not span one that was taken out
-    random = np.random.default_rng(seed)
+    clipped_L = np.clip(level_L, median - reach, median + reach)
     found: list[Island] = []
     while len(left) >= MIN_BLOCKS:
-        for together in range(1, MOST_ISLANDS + 1):
-            score, p, ranges = _best_ranges(clipped_L[left], left, together, random, alpha / MOST_ISLANDS)
-            if p <= alpha / MOST_ISLANDS:
+        for together, share in enumerate(TOGETHER, start=1):
+            score, p, ranges = _best_ranges(clipped_L[left], left, together, random, share * alpha)
+            p /= share
+            if p <= alpha:
                 break
         else:
             break
@@ -442,24 +491,30 @@ def islands(level_L: NDArray[np.float64], *, alpha: float = KIND_ALPHA, seed: in
             if len(chosen) > 1:
                 rest = np.setdiff1d(left, np.concatenate([other for other in chosen if other is not one]))
                 score, p, _ = _best_ranges(clipped_L[rest], rest, 1, random, alpha)
-            else:
-                p *= MOST_ISLANDS
             if p <= alpha:
                 tested.append((one, score, p))
         inside = np.concatenate([one for one, _, _ in tested]) if tested else left[:0]
-        outside = bounded_L[np.setdiff1d(left, inside)]
-        accepted = [one for one in tested if bounded_L[one[0]].mean() >= (1 + ISLAND_FLOOR) * outside.mean()]
-        if not accepted:
+        outside_L = level_L[np.setdiff1d(left, inside)]
+        taken = []
+        for one, score, p in tested:
+            excess, low, high = _shift(level_L[one], outside_L)
+            if excess >= ISLAND_FLOOR * float(np.median(outside_L)):
+                found.append(Island(int(one[0]), int(one[-1]), excess, low, high, score, p))
+                taken.append(one)
+        if not taken:
             break
-        for one, score, p in accepted:
-            excess = float(bounded_L[one].mean() - outside.mean())
-            error = math.sqrt(bounded_L[one].var(ddof=1) / len(one) + outside.var(ddof=1) / len(outside))
-            margin = _student95(len(one) - 1) * error
-            found.append(
-                Island(int(kept[one[0]]), int(kept[one[-1]]), excess, excess - margin, excess + margin, score, p)
-            )
-        left = np.setdiff1d(left, np.concatenate([one for one, _, _ in accepted]))
-    return tuple(found)
+        left = np.setdiff1d(left, np.concatenate(taken))
+    return found
+
+
+def _shift(inside_I: NDArray[np.float64], outside_O: NDArray[np.float64]) -> tuple[float, float, float]:
+    """How far `inside` lies above `outside`, and the 95% interval of that: Hodges and Lehmann's median of all
+    differences, with the bounds of the rank-sum test. One large block does not move it."""
+    difference = np.sort((inside_I[:, None] - outside_O).ravel())
+    pairs = len(difference)
+    spread = math.sqrt(pairs * (len(inside_I) + len(outside_O) + 1) / 12)
+    cut = max(0, math.floor(pairs / 2 - Z95 * spread) - 1)
+    return float(np.median(difference)), float(difference[cut]), float(difference[pairs - 1 - cut])
 
 
 def _best_ranges(
@@ -480,7 +535,7 @@ def _best_ranges(
     score = float(_greedy(value_1L, gap_L, widths, most)[0][0])
     above = done = 0
     while done < PERMUTATIONS and above + 1 <= alpha * (PERMUTATIONS + 1):
-        rows = min(PERMUTATIONS - done, max(20, min(200, 200_000 // L)))
+        rows = min(PERMUTATIONS - done, max(20, min(200, 200_000 // L))) if done else 20
         shuffled_RL = random.permuted(np.broadcast_to(value_1L, (rows, L)), axis=1)
         above += int((_greedy(shuffled_RL, gap_L, widths, most)[0] >= score - 1e-12).sum())
         done += rows
@@ -535,19 +590,6 @@ def _widths(length: int) -> tuple[int, ...]:
         widths.append(width)
         width += width // 4 if width >= 16 else 1
     return tuple(widths)
-
-
-def _student95(freedom: int) -> float:
-    """The 97.5% point of Student's t, by its expansion around the normal one (good to 1% from 2 degrees up)."""
-    if freedom < 3:
-        return (12.706, 4.303)[max(freedom, 1) - 1]
-    z, v = Z95, float(freedom)
-    return (
-        z
-        + (z**3 + z) / (4 * v)
-        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
-        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)
-    )
 
 
 # Conditioning
@@ -674,7 +716,7 @@ def words(finding: Finding) -> str:
     if f.kind == "critical":
         return f"changes the hidden states far more than the other blocks: {_between(f.effect, f.low, f.high)}"
     if f.kind == "islands":
-        return f"lie {_between(f.effect, f.low, f.high)} above the other blocks, on average at {f.level:.3g}"
+        return f"lie {_between(f.effect, f.low, f.high)} above the other blocks, the median one at {f.level:.3g}"
     if f.kind == "gradients":
         verb = "rises" if f.effect > 0 else "falls"
         size = _between(*((f.effect, f.low, f.high) if f.effect > 0 else (-f.effect, -f.high, -f.low)))

@@ -8,11 +8,13 @@ import re
 from collections.abc import Callable, Mapping
 from typing import NoReturn, Protocol
 
+from simpletuner_layerprobe import ProbeError
+from simpletuner_layerprobe.preset import preset_parameters, whole_amount
+
 USAGE = 2
 MAX_BINS = 1000
 MAX_FACTOR = 2**20
-MAX_AMOUNT = 10**15
-AMOUNT_DIGITS = 30
+ARTICLE_WEIGHTING = {"clip_percentile": 90.0, "text_weight": 1 / 3, "image_weight": 2 / 3}
 KNOWN_MODELS = "sd35-large, sd35-medium, flux-dev, or a diffusers transformer config.json"
 
 
@@ -45,6 +47,31 @@ def add_tokens(added: argparse.ArgumentParser, use: str) -> None:
         default="last",
         help=f"the reading {use}: last token, as in the article, or mean over tokens; default last",
     )
+
+
+def add_weighting(added: argparse.ArgumentParser) -> None:
+    """The numbers of the article's recipe, from heatmaps to contributions."""
+    added.add_argument(
+        "--clip-percentile",
+        type=number_like("a number above 0 and at most 100", lambda number: 0 < number <= 100),
+        default=ARTICLE_WEIGHTING["clip_percentile"],
+        metavar="P",
+        help="clip each heatmap at this percentile of its cells; default 90",
+    )
+    weight = number_like("a number from 0 to 1000000, or a fraction such as 1/3", lambda number: 0 <= number <= 1e6)
+    for stream, usual in (("text", "1/3"), ("image", "2/3")):
+        added.add_argument(
+            f"--{stream}-weight",
+            type=weight,
+            default=ARTICLE_WEIGHTING[f"{stream}_weight"],
+            metavar="W",
+            help=f"of the {stream} stream; default {usual}",
+        )
+
+
+def given_weighting(arguments: argparse.Namespace) -> dict[str, float]:
+    """What differs from the article's."""
+    return {name: vars(arguments)[name] for name, usual in ARTICLE_WEIGHTING.items() if vars(arguments)[name] != usual}
 
 
 class Parser(argparse.ArgumentParser):
@@ -89,18 +116,21 @@ def amount(expected: str, units: Mapping[str, int]) -> Callable[[str], int]:
     """A whole amount of 1 or more with a unit of `units` (keys in lower case): "400M". `expected` says so in words."""
 
     def parse(text: str) -> int:
-        found = re.fullmatch(r"(\d[\d_]*)(\.\d+)?\s*([a-z]*)", text.strip().lower(), re.ASCII)
-        unit = units.get(found[3]) if found else None
-        amount = 0
-        if found and unit:
-            whole, fraction = found[1].replace("_", ""), (found[2] or ".")[1:]
-            if len(whole + fraction) <= AMOUNT_DIGITS:
-                amount = int(whole + fraction) * unit // 10 ** len(fraction)
-        if not 1 <= amount <= MAX_AMOUNT:
+        found = whole_amount(text, units)
+        if not found:
             raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
-        return amount
+        return found
 
     return parse
+
+
+def preset(text: str) -> str:
+    """ "article", or an amount of parameters or bytes."""
+    try:
+        preset_parameters(text)
+    except ProbeError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def block_numbers(text: str) -> tuple[int, ...]:

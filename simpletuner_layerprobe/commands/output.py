@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -92,10 +93,10 @@ def replace_files(folder: Path, files: Mapping[str, bytes]) -> None:
     Nothing is replaced before all of them are on the disk under temporary names.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = {name: folder / f".layerprobe-{os.getpid()}-{name}.tmp" for name in files}
+    temporary = {name: folder / f".layerprobe-{secrets.token_hex(8)}.tmp" for name in files}
     try:
         for name, data in files.items():
-            with open(temporary[name], "wb") as file:
+            with open(temporary[name], "xb") as file:  # a folder from somebody else may hold links
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())

@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from simpletuner_layerprobe.commands.arguments import Add, add_bins, add_run, add_tokens
+from simpletuner_layerprobe.commands.arguments import Add, add_bins, add_run, add_tokens, add_weighting, given_weighting
 from simpletuner_layerprobe.commands.output import OK, replace_files
 
 
@@ -22,13 +22,16 @@ def add_parser(add: Add) -> None:
     added.add_argument("--out", metavar="FILE", help="the page; default report.html in the run folder")
     add_bins(added)
     add_tokens(added, "to show")
+    add_weighting(added)
 
 
 def command(arguments: argparse.Namespace) -> int:
     from simpletuner_layerprobe.report.page import page
     from simpletuner_layerprobe.run.shards import open_run
 
-    made = page(open_run(arguments.run), tokens=arguments.tokens, bins=arguments.bins).encode()
+    made = page(
+        open_run(arguments.run), tokens=arguments.tokens, bins=arguments.bins, **given_weighting(arguments)
+    ).encode()
     out = Path(arguments.out if arguments.out is not None else os.path.join(arguments.run, "report.html"))
     replace_files(out.parent, {out.name: made})
     print(out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from typing import Any
 
@@ -18,7 +19,7 @@ def install(loader: Any) -> None:
 
     SimpleTuner reads either a config file or the command line. The probe's own options count in both places, so
     that `simpletuner train env=NAME layerprobe=true` never trains by mistake: those on the command line are added to
-    the file's.
+    the file's. Their values are checked by ProbeSettings, not by the parser.
     """
     parse = loader.helpers["cmd"]
 
@@ -26,9 +27,17 @@ def install(loader: Any) -> None:
         _arguments[:] = sys.argv[1:] if input_args is None else [*input_args, *probe_arguments(sys.argv[1:])]
         if input_args is not None:
             input_args = [_parsable(argument) for argument in _arguments]
+        take_any_value(loader.cmd_args.get_argument_parser())
         return parse(input_args=input_args, exit_on_error=exit_on_error)
 
     loader.helpers["cmd"] = parse_with_probe_options
+
+
+def take_any_value(parser: argparse.ArgumentParser) -> None:
+    """Leave the check of the probe's own choices to ProbeSettings, which refuses a wrong one in one line."""
+    for action in parser._actions:
+        if action.dest.startswith("layerprobe"):
+            action.choices = None
 
 
 def probe_arguments(argv: list[str]) -> list[str]:

@@ -15,6 +15,7 @@ SEAMS = {
     "init_trainable_peft_adapter": ("self",),
     "init_optimizer": ("self",),
     "init_ema_model": ("self",),
+    "init_trackers": ("self",),
     "init_prepare_models": ("self", "lr_scheduler"),
     "prepare_batch": ("self", "batch"),
     "model_predict": ("self", "prepared_batch", "custom_timesteps"),

@@ -7,8 +7,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,14 +18,21 @@ import torch
 from torch import nn
 
 from simpletuner_layerprobe import ProbeError
-from simpletuner_layerprobe.analyse.stability import Stability
+from simpletuner_layerprobe.analyse.confidence import Bootstrap, Decide
+from simpletuner_layerprobe.analyse.running import RunningTally
+from simpletuner_layerprobe.analyse.stability import BINS, Stability
 from simpletuner_layerprobe.families import Family
+from simpletuner_layerprobe.lokr.decision import of_preset
+from simpletuner_layerprobe.preset import preset_parameters
 from simpletuner_layerprobe.record.fingerprint import fingerprint
 from simpletuner_layerprobe.record.launch import last_line
+from simpletuner_layerprobe.record.live import Live
 from simpletuner_layerprobe.record.observer import READINGS, Observer
 from simpletuner_layerprobe.record.rows import Facts, RowBuffer
 from simpletuner_layerprobe.record.sigmas import stratified_sigmas, uniform_sigmas
+from simpletuner_layerprobe.run.lock import locked
 from simpletuner_layerprobe.run.manifest import (
+    EXTRA_SCHEMA,
     MANIFEST_NAME,
     SCHEMA_VERSION,
     Manifest,
@@ -34,7 +41,7 @@ from simpletuner_layerprobe.run.manifest import (
     write_new_file,
 )
 from simpletuner_layerprobe.run.modules import module_table
-from simpletuner_layerprobe.run.shards import ShardWriter, create_run, open_run
+from simpletuner_layerprobe.run.shards import SHARDS_NAME, Rows, ShardWriter, create_run, open_run, stream_sizes
 from simpletuner_layerprobe.settings import ProbeSettings
 
 CONFIG_NAME = "config.json"
@@ -56,15 +63,28 @@ class Session:
         self.rank = int(os.environ.get("RANK", "0"))
         self.ranks = int(os.environ.get("WORLD_SIZE", "1"))
         self.recorded = self._count_recorded()
+        if self.recorded and not self.nothing_to_do:
+            with self._alone():  # refused here, before the model is loaded, and not only when recording starts
+                pass
         self.observer: Observer | None = None
         self._writer: ShardWriter
         self._buffer: RowBuffer
         self._kept = 0
+        self._nonfinite = 0
         self._drawn = 0
         self._stop_requested = False
-        self._stability = Stability(settings.directory, settings.stop_when_stable) if self._judges else None
+        self._unwritten: list[Rows] = []
+        self._whole = False
+        self._interrupted = False
+        self._tally = RunningTally(settings.directory, bins=BINS)
+        self._stability = (
+            Stability(settings.directory, settings.stop_when_stable, self._decide_of, self._tally)
+            if self._judges
+            else None
+        )
+        self._live: Live | None = None
         self._settled = False
-        self._failed = False
+        self._ended_by = ""
         self._armed: tuple[Mapping[str, Any], torch.Tensor, torch.Tensor | None, Facts] | None = None
         self._distances: dict[tuple[str, str], torch.Tensor] | None = None
         self._started = time.monotonic()
@@ -75,6 +95,15 @@ class Session:
         if not (Path(self.settings.directory) / MANIFEST_NAME).exists():
             return 0
         return open_run(self.settings.directory).sample_count()
+
+    def _alone(self) -> AbstractContextManager[bool]:
+        """Nobody else records this rank of this run meanwhile. Raises ProbeError if another process does."""
+        directory = Path(self.settings.directory)
+        return locked(
+            directory / SHARDS_NAME / f"rank{self.rank:05d}.lock",
+            f"another process is recording rank {self.rank} of the run {directory} already; wait for it, or choose "
+            f"another layerprobe_dir",
+        )
 
     # What this rank still has to record.
 
@@ -98,6 +127,9 @@ class Session:
     def _judges(self) -> bool:
         """Whether this rank looks at the run folder now and then, to end the run when all factors are settled."""
         return self.rank == 0 and self.settings.stop_when_stable > 0
+
+    def _decide_of(self, manifest: Manifest) -> Callable[[Bootstrap], Decide]:
+        return of_preset(manifest, preset_parameters(self.settings.preset))
 
     def wants_to_stop(self) -> bool:
         return self.finished or self._stop_requested or self._settled
@@ -137,9 +169,12 @@ class Session:
 
         Raises ProbeError if the folder holds a run with other settings or of another model.
         """
-        with Observer(denoiser, self.family) as observer, self._stop_on_signals():
+        with (
+            Observer(denoiser, self.family, self.settings.residual, self.settings.block_pairs) as observer,
+            self._stop_on_signals(),
+        ):
             manifest = Manifest(
-                schema=SCHEMA_VERSION,
+                schema=EXTRA_SCHEMA if observer.extra else SCHEMA_VERSION,
                 family=self.family.name,
                 flavour=flavour,
                 model_class=type(denoiser).__name__,
@@ -151,24 +186,24 @@ class Session:
                 fingerprint=fingerprint(denoiser),
                 created=utc_now(),
                 source="probe",
+                extra=observer.extra,
             )
             create_run(self.settings.directory, manifest)
-            if self.rank == 0:
-                self._keep_options()
-            self._writer = ShardWriter(self.settings.directory, manifest, self.rank)
-            self._buffer = RowBuffer(
-                {(stream, reading): len(blocks) for stream, blocks in observer.streams.items() for reading in READINGS}
-            )
-            self.observer = observer
-            self._started = self._flushed = time.monotonic()
-            try:
-                yield
-            except BaseException:
-                self._failed = True
-                raise
-            finally:
-                self.observer = None
-                self.flush()
+            with self._alone() as alone:
+                if self.rank == 0:
+                    self._keep_options()
+                self._writer = ShardWriter(self.settings.directory, manifest, self.rank, alone=alone)
+                self._buffer = RowBuffer(stream_sizes(manifest))
+                self.observer = observer
+                self._started = self._flushed = time.monotonic()
+                try:
+                    yield
+                except BaseException as error:
+                    self._ended_by = "interrupted" if isinstance(error, KeyboardInterrupt) else "ended by an error"
+                    raise
+                finally:
+                    self.observer = None
+                    self._flush_at_the_end()
 
     def _keep_options(self) -> None:
         """Put the user's SimpleTuner options beside the manifest, for the follow-up's config."""
@@ -208,20 +243,49 @@ class Session:
             raise ProbeError(f"the model's forward gave {sorted(sizes)} rows for a batch of {count} samples")
         tokens_B = torch.full((count,), text_tokens, device=sigma_B.device) if mask_BS is None else mask_BS.sum(dim=1)
         keep = int(min(count, self.quota - self._kept))
-        self._buffer.append(self._distances, sigma_B, tokens_B, loss, facts, keep)
+        with self._not_interrupted():
+            self._buffer.append(self._distances, sigma_B, tokens_B, loss, facts, keep)
         self._kept += keep
         self._armed = None
         self._distances = None
         if time.monotonic() - self._flushed >= self.settings.flush_seconds:
             self.flush()
             self._judge()
+            self.show()
 
     def flush(self) -> None:
-        """Write the rows since the last flush as one shard."""
+        """Write the rows since the last flush as one shard. Rows that the disk refuses are kept for another try."""
         self._flushed = time.monotonic()
-        rows = self._buffer.take()
-        if rows is not None:
-            self._writer.write(rows)
+        with self._not_interrupted():
+            rows = self._buffer.take()
+            if rows is not None:
+                self._unwritten.append(rows)
+                self._nonfinite += rows.nonfinite()
+            while self._unwritten:
+                self._writer.write(self._unwritten[0])
+                self._unwritten.pop(0)
+
+    def _flush_at_the_end(self) -> None:
+        try:
+            self.flush()
+        except ProbeError as error:
+            lost = sum(map(len, self._unwritten))
+            raise ProbeError(
+                f"{error}; the {lost} samples since the last flush are lost, all before them are kept: "
+                "make room or set another layerprobe_dir, then start the same command again"
+            ) from None
+
+    @contextmanager
+    def _not_interrupted(self) -> Iterator[None]:
+        """A second Ctrl-C in here takes effect at the end: no row is kept by halves or written twice."""
+        self._whole = True
+        try:
+            yield
+        finally:
+            self._whole = False
+        if self._interrupted:
+            self._interrupted = False
+            raise KeyboardInterrupt
 
     def _judge(self) -> None:
         """Ask the run to end, as a signal does, when all factors are settled. A run that cannot be judged goes on."""
@@ -239,6 +303,16 @@ class Session:
                 f"{self._stability.samples} samples agree with every factor: stopping after this step",
                 flush=True,
             )
+
+    def show_in(self, trackers: Callable[[], Sequence[Any]], step: Callable[[], int]) -> None:
+        """Log to the trackers of the main process from now on: see `record.live`."""
+        if self.rank == 0:
+            self._live = Live(trackers, step, self._tally, self.recorded, self._stability)
+
+    def show(self, *, last: bool = False) -> None:
+        """Let the trackers see how far the run is, if it is time. last: the run is over."""
+        if self._live is not None:
+            self._live.update(last=last)
 
     def draw_sigmas(self, count: int, seed: int) -> np.ndarray:
         """The sigmas of the next `count` samples of this rank, (count,) float64 in [0, 1)."""
@@ -258,6 +332,9 @@ class Session:
 
         def stop(number: int, frame: FrameType | None) -> None:
             if self._stop_requested:
+                if self._whole:
+                    self._interrupted = True
+                    return
                 raise KeyboardInterrupt
             self._stop_requested = True
             print("\nlayerprobe: stopping after this step; once more to stop at once", flush=True)
@@ -286,9 +363,11 @@ class Session:
             f"layerprobe: run folder {self.settings.directory}"
             + (f", goes on after {self.recorded} samples" if self.recorded else ""),
         ]
+        if self.observer.extra:
+            lines.append(f"layerprobe: further readings: {', '.join(self.observer.extra)}")
         if self.settings.stop_when_stable:
             lines.append(
-                f"layerprobe: ends by itself when every factor of the preset article is agreed by "
+                f"layerprobe: ends by itself when every factor of the preset {self.settings.preset} is agreed by "
                 f"{self.settings.stop_when_stable:.1%} of the bootstrap replicates"
             )
         lines += [f"layerprobe: switched off or overridden - {line}" for line in self.changed]
@@ -297,6 +376,13 @@ class Session:
     def finish(self) -> None:
         """After the loop, on every rank: count what the run has now, for the last line."""
         directory = self.settings.directory
+        if self._nonfinite:
+            print(
+                f"\nlayerprobe: warning: {self._nonfinite} of the {self._kept} samples of rank {self.rank} have "
+                "distances that are not finite (NaN or infinite states): counted by layerprobe status, left out of "
+                "every mean",
+                flush=True,
+            )
         total = open_run(directory).sample_count()
         new = total - self.recorded
         seconds = time.monotonic() - self._started
@@ -315,9 +401,9 @@ class Session:
 
     def print_summary(self) -> None:
         """The last line, once, on the main process."""
-        if self._failed:
-            self._summary = f"layerprobe: ended by an error; what was recorded is kept in {self.settings.directory}"
+        if self._ended_by:
+            self._summary = f"layerprobe: {self._ended_by}; what was written is kept in {self.settings.directory}"
         if self._summary and self.rank == 0:
             last_line(self._summary)
         self._summary = ""
-        self._failed = False
+        self._ended_by = ""

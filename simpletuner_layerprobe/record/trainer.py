@@ -12,6 +12,7 @@ import functools
 import importlib.metadata
 import logging
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -113,6 +114,13 @@ REFUSED: dict[str, Callable[[Any], bool]] = {
     "disable_accelerator": bool,
     "context_parallel_size": lambda value: value not in (None, "", "None") and int(value) > 1,
 }
+# The same by way of `accelerate config`: `accelerate launch` sets these for the training process.
+REFUSED_VARIABLES = (
+    "ACCELERATE_USE_FSDP",
+    "ACCELERATE_USE_DEEPSPEED",
+    "ACCELERATE_USE_MEGATRON_LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG",
+)
 
 
 def install(module: Any) -> None:
@@ -202,7 +210,13 @@ def _wrapper(probe: Callable[..., Any]) -> Callable[..., Any]:
 def _parse_arguments(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def parse_arguments(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = original(self, *args, **kwargs)
+        try:
+            result = original(self, *args, **kwargs)
+        except Exception:
+            # It sets up what a probe-only run refuses, and may fail at that: say what the probe has to say first.
+            if getattr(getattr(self, "config", None), "layerprobe", False):
+                refuse(self.config)
+            raise
         if self.config.layerprobe:
             launch.announce()
         given.check_flag()
@@ -221,12 +235,7 @@ WRAPPERS["parse_arguments"] = _parse_arguments
 def start_session(trainer: Any, settings: ProbeSettings) -> Session:
     """Check that this config can be probed, switch off what trains, and make the session. Raises ProbeError."""
     config = trainer.config
-    refused = [name for name, is_on in REFUSED.items() if is_on(getattr(config, name, None))]
-    if refused:
-        raise ProbeError(
-            f"{refused[0]} is {getattr(config, refused[0])!r}; a probe-only run cannot work with it, "
-            f"remove it from this config"
-        )
+    refuse(config)
     if not settings.discover or families.is_known(config.model_family):
         families.family(config.model_family)
     session = Session(settings, given.given_options())
@@ -238,6 +247,22 @@ def start_session(trainer: Any, settings: ProbeSettings) -> Session:
     session.changed = changed
     session.interrupt_on_terminate()
     return session
+
+
+def refuse(config: Any) -> None:
+    """Raises ProbeError naming an option or a variable that is on and that a probe-only run cannot work with."""
+    for name, is_on in REFUSED.items():
+        value = getattr(config, name, None)
+        if is_on(value):
+            raise ProbeError(
+                f"{name} is {_short(repr(value))}; a probe-only run cannot work with it, remove it from this config"
+            )
+    for name in REFUSED_VARIABLES:
+        if os.environ.get(name, "").lower() in ("1", "true"):
+            raise ProbeError(
+                f"{name} is {os.environ[name]!r}, from `accelerate config` or the environment; a probe-only run cannot "
+                f"work with it: each GPU needs the whole model, launch it with plain data parallelism"
+            )
 
 
 def override(config: Any, options: Mapping[str, Any]) -> list[str]:
@@ -274,6 +299,22 @@ def init_trainable_peft_adapter(original: Any, session: Session, self: Any) -> N
 @_wrapper
 def init_ema_model(original: Any, session: Session, self: Any) -> None:
     self.ema_model = None
+
+
+@_wrapper
+def init_trackers(original: Any, session: Session, self: Any) -> None:
+    """Lists and mappings among the options, as SimpleTuner has some, become text: TensorBoard refuses the others."""
+    accelerator = self.accelerator
+    start = accelerator.init_trackers
+
+    def start_with_plain_options(project_name: str, config: Mapping[str, Any], **kwargs: Any) -> None:
+        start(project_name, config={name: _plain(value) for name, value in config.items()}, **kwargs)
+
+    accelerator.init_trackers = start_with_plain_options
+    try:
+        original(self)
+    finally:
+        del accelerator.init_trackers
 
 
 @_wrapper
@@ -331,7 +372,8 @@ def _compute_model_prediction_loss(original: Any, session: Session, self: Any, p
         result = original(self, prepared_batch)
     session.commit(loss=result[2], text_tokens=text_tokens)
     self.config.max_train_steps = session.last_step(self.state["global_step"], self.config.max_train_steps)
-    return result
+    # The loop ends a training at a loss that is not finite; a probe counts such a sample and goes on.
+    return (torch.nan_to_num(result[0], nan=0.0, posinf=0.0, neginf=0.0), *result[1:])
 
 
 @_wrapper
@@ -388,6 +430,8 @@ def train(original: Any, session: Session, self: Any) -> None:
     ):
         if session.rank == 0:
             print(session.start_text(str(self.accelerator.device)), flush=True)
+        # SimpleTuner starts its trackers inside `train`.
+        session.show_in(lambda: self.accelerator.trackers, lambda: self.state["global_step"])
         original(self)
 
 
@@ -431,6 +475,7 @@ def _count_at_the_end(self: Any, session: Session) -> Iterator[None]:
     def count_and_end() -> None:
         session.flush()
         accelerator.wait_for_everyone()
+        session.show(last=True)
         session.finish()
         end_training()
 

@@ -13,7 +13,8 @@ import math
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from html import escape
 from importlib.resources import files
 from itertools import groupby
@@ -25,10 +26,19 @@ from numpy.typing import NDArray
 from simpletuner_layerprobe import ProbeError, __version__, families
 from simpletuner_layerprobe.analyse.confidence import Tally, article_decision, confidence
 from simpletuner_layerprobe.analyse.contribution import Contribution, article_contributions
-from simpletuner_layerprobe.analyse.findings import TITLES, Finding, Section, chance, findings, words
+from simpletuner_layerprobe.analyse.findings import (
+    ISLAND_ALPHA,
+    KIND_ALPHA,
+    TITLES,
+    Finding,
+    Section,
+    chance,
+    findings,
+    words,
+)
 from simpletuner_layerprobe.analyse.heatmap import all_blocks, bin_edges, combined
 from simpletuner_layerprobe.analyse.observation import Observation, observe
-from simpletuner_layerprobe.lokr.config import article_plan
+from simpletuner_layerprobe.lokr.config import OPTIONS_NAME, article_plan
 from simpletuner_layerprobe.lokr.factors import article_factors, lokr_parameters
 
 if TYPE_CHECKING:
@@ -54,57 +64,66 @@ class _Weights:
     note: str
 
 
-def page(run: Run, *, tokens: str = "last", bins: int = 10) -> str:
-    """The HTML of a run's report. Raises ProbeError if the run has no samples or not this reading."""
+def page(run: Run, *, tokens: str = "last", bins: int = 10, **weighting: float) -> str:
+    """The HTML of a run's report. weighting: what differs from the article's, as `article_contributions` takes it.
+
+    Raises ProbeError if the run has no samples or not this reading.
+    """
     tally = Tally(run.manifest, tokens=tokens, bins=bins)
     observation = observe(run, tokens=tokens, bins=bins, also=[tally.add])
     problem = ""
     weights = None
     try:
-        weights = _weights(run.manifest, observation, tally)
+        weights = _weights(run.manifest, observation, tally, weighting)
     except ProbeError as error:
         problem = str(error)
-    model = _model(run.manifest)
-    return _filled(
+    model = model_name(run.manifest)
+    return filled(
+        template_text("template.html"),
         {
             "title": escape(f"Layer probe of {model}"),
             "model": escape(model),
             "lead": _lead(run.manifest, observation),
             "facts": _facts(run, observation, tokens),
             "findings": _findings(findings(observation), observation),
+            "chance": f"1 of {1 / KIND_ALPHA:.0f} runs (islands: 1 of {1 / ISLAND_ALPHA:.0f})",
+            "recipe": escape(_recipe(tuple(observation.streams), **weighting)),
             "coverage": _coverage(observation),
-            "lokr": _lokr(weights) if weights else f"<p class='note'>{escape(problem)}</p>",
-            "command": escape(_command(run, tokens, bins)),
+            "lokr": _lokr(weights) if weights else f"<p>{escape(_capital(problem))}.</p>",
+            "command": _command_part(_command(run, tokens, bins, weighting)) if weights else "",
             "version": escape(__version__),
-            "data": _script_json(_data(observation, weights)),
-        }
+            "data": script_json(_data(observation, weights)),
+        },
     )
 
 
-def _filled(parts: Mapping[str, str]) -> str:
-    """The template with its places filled, in one go: what is filled in is not looked at again."""
-    template = files("simpletuner_layerprobe.report").joinpath("template.html").read_text(encoding="utf-8")
+def template_text(name: str) -> str:
+    return files("simpletuner_layerprobe.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def filled(template: str, parts: Mapping[str, str]) -> str:
+    """A template with its places filled, in one go: what is filled in is not looked at again."""
     return _PLACE.sub(lambda place: parts[place.group(1)], template)
 
 
-def _script_json(value: object) -> str:
+def script_json(value: object) -> str:
     """JSON that cannot end the script element it stands in."""
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
-def _weights(manifest: Manifest, observation: Observation, tally: Tally) -> _Weights:
+def _weights(manifest: Manifest, observation: Observation, tally: Tally, weighting: Mapping[str, float]) -> _Weights:
     streams = observation.heatmaps()
-    contribution = article_contributions(streams)
+    contribution = article_contributions(streams, **weighting)
     critical = contribution.critical_union()
     factors = article_factors(contribution.value_L, critical=critical)
 
     def each(value_N: NDArray[np.float64]) -> NDArray[np.int64]:
         return article_factors(value_N)
 
-    blocks = {name: heatmap.blocks for name, heatmap in streams.items()}
-    counts = {name: heatmap.count_T for name, heatmap in streams.items()}
-    sure = confidence(tally.bootstrap(replicates=REPLICATES), article_decision(blocks, counts, each))
+    bootstrap = tally.bootstrap(replicates=REPLICATES)
+    decide = article_decision(bootstrap.blocks, bootstrap.count_T, each, critical=None, alike=None, **weighting)
+    sure = confidence(bootstrap, decide)
     parameters, note = None, "The run has no module table, so the parameters are not known."
     if manifest.modules:
         try:
@@ -123,7 +142,7 @@ def _weights(manifest: Manifest, observation: Observation, tally: Tally) -> _Wei
         contribution,
         sure.low_L,
         sure.high_L,
-        sure.agreement_L,
+        sure.agreement_K,
         tuple(factors.tolist()),
         critical,
         parameters,
@@ -147,8 +166,8 @@ def _data(observation: Observation, weights: _Weights | None) -> dict[str, Any]:
                 "title": f"{name} stream",
                 "own": [number[block] for block in heatmap.blocks],
                 "count": heatmap.count_T.tolist(),
-                "mean": _rounded(heatmap.mean_TL),
-                "error": _rounded(stream.error_TL()),
+                "mean": rounded(heatmap.mean_TL),
+                "error": rounded(stream.error_TL()),
             }
         )
     if len(heatmaps) > 1:
@@ -168,25 +187,25 @@ def _data(observation: Observation, weights: _Weights | None) -> dict[str, Any]:
                     "title": "mean of the streams",
                     "own": [number[block] for block in both.blocks],
                     "count": both.count_T.tolist(),
-                    "mean": _rounded(both.mean_TL),
-                    "error": _rounded(np.mean(errors, axis=0)),
+                    "mean": rounded(both.mean_TL),
+                    "error": rounded(np.mean(errors, axis=0)),
                 }
             )
     data: dict[str, Any] = {"blocks": blocks, "edges": bin_edges(len(observation.count_T)).tolist(), "maps": maps}
     if weights:
         data["contribution"] = {
-            "value": _rounded(weights.contribution.value_L),
-            "low": _rounded(weights.low_L),
-            "high": _rounded(weights.high_L),
+            "value": rounded(weights.contribution.value_L),
+            "low": rounded(weights.low_L),
+            "high": rounded(weights.high_L),
             "factor": weights.factors,
-            "agreement": _rounded(weights.agreement_L),
+            "agreement": rounded(weights.agreement_L),
             "critical": weights.critical,
             "repeated": np.flatnonzero(~weights.contribution.covered_L).tolist(),
         }
     return data
 
 
-def _rounded(values: NDArray[np.float64]) -> list[Any]:
+def rounded(values: NDArray[np.float64]) -> list[Any]:
     """To five digits, null where not finite."""
 
     def one(value: Any) -> Any:
@@ -200,18 +219,43 @@ def _rounded(values: NDArray[np.float64]) -> list[Any]:
 # In HTML
 
 
-def _model(manifest: Manifest) -> str:
+def model_name(manifest: Manifest) -> str:
     name = " ".join(part for part in (manifest.family, manifest.flavour) if part)
     return name or manifest.model_class or "unknown model"
 
 
 def _lead(manifest: Manifest, observation: Observation) -> str:
     blocks = len(all_blocks([stream.blocks for stream in manifest.streams]))
-    names = " and ".join(escape(stream.name) for stream in manifest.streams)
+    names = _list([escape(stream.name) for stream in manifest.streams])
     return (
         f"How far each of {blocks:,} blocks turns the hidden states of the {names} "
-        f"stream{'s' * (len(manifest.streams) > 1)}, seen in {observation.samples:,} samples."
+        f"stream{'s' * (len(manifest.streams) > 1)}, seen in {observation.samples:,} "
+        f"sample{'s' * (observation.samples != 1)}."
     )
+
+
+def _list(names: Sequence[str]) -> str:
+    """ "image", "image and text", "image, audio and text"."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def _recipe(
+    streams: Sequence[str], *, clip_percentile: float = 90, text_weight: float = 1 / 3, image_weight: float = 2 / 3
+) -> str:
+    """What became of the heatmaps on their way to the contributions, with the numbers that were used."""
+    clip = f"clipped at percentile {clip_percentile:g} of its cells"
+    others = [name for name in streams if name != "text"]
+    image = f"{_list(others)} weighted {_fraction(image_weight)}" if others else ""
+    text = f"text {'' if image else 'weighted '}{_fraction(text_weight)}" if "text" in streams else ""
+    if len(streams) == 1:
+        return f"After the article: the {streams[0]} stream {clip}, averaged over sigma"
+    return f"After the article: each stream {clip}, {' and '.join(filter(None, (image, text)))}, averaged over sigma"
+
+
+def _fraction(value: float) -> str:
+    """1/3 as such, other numbers to three digits."""
+    fraction = Fraction(value).limit_denominator(12)
+    return str(fraction) if math.isclose(fraction, value, rel_tol=1e-9) else f"{value:.3g}"
 
 
 def _facts(run: Run, observation: Observation, tokens: str) -> str:
@@ -223,7 +267,7 @@ def _facts(run: Run, observation: Observation, tokens: str) -> str:
         if stream.heatmap.nonfinite
     )
     facts = {
-        "Model": f"{_model(manifest)}{f' ({manifest.model_class})' if manifest.model_class else ''}",
+        "Model": f"{model_name(manifest)}{f' ({manifest.model_class})' if manifest.model_class else ''}",
         "Streams": ", ".join(f"{stream.name} {len(stream.blocks):,} blocks" for stream in manifest.streams),
         "Samples": f"{observation.samples:,}",
         "Left out": f"not finite, {nonfinite}" if nonfinite else "none",
@@ -247,7 +291,10 @@ def _findings(sections: Sequence[Section], observation: Observation) -> str:
     blocks = all_blocks([heatmap.blocks for heatmap in heatmaps.values()])
     number = {block: i for i, block in enumerate(blocks)}
     parts = []
-    for kind, those in groupby(sections, key=lambda section: section.kind):
+    for kind, group in groupby(sections, key=lambda section: section.kind):
+        those = list(group)
+        if len(those) > 1 and those[0].missing and len({section.missing for section in those}) == 1:
+            those = [replace(those[0], stream="every")]
         inner = "".join(_section(section, number) for section in those)
         parts.append(f"<section class='kind'><h3>{escape(TITLES[kind])}</h3>{inner}</section>")
     return "".join(parts)
@@ -296,7 +343,8 @@ def _coverage(observation: Observation) -> str:
     head = (
         "<thead><tr><th scope='col'>sigma</th><th scope='col'></th><th scope='col' class='n'>samples</th></tr></thead>"
     )
-    return f"<div class='scroll tall'><table class='coverage'>{head}<tbody>{''.join(rows)}</tbody></table></div>"
+    region = "<div class='scroll tall' tabindex='0' role='region' aria-label='Samples by sigma'>"
+    return f"{region}<table class='coverage'>{head}<tbody>{''.join(rows)}</tbody></table></div>"
 
 
 def _lokr(weights: _Weights) -> str:
@@ -340,6 +388,21 @@ def _lokr(weights: _Weights) -> str:
     )
 
 
-def _command(run: Run, tokens: str, bins: int) -> str:
-    options = "".join((f" --tokens {tokens}" if tokens != "last" else "", f" --bins {bins}" if bins != 10 else ""))
-    return f"layerprobe lokr {shlex.quote(str(run.path))}{options} --env weighted\nsimpletuner train env=weighted"
+def _command(run: Run, tokens: str, bins: int, weighting: Mapping[str, float]) -> str:
+    """The commands that make and use the config: without the probe run's own options there is no environment to make,
+    without a module table no proof."""
+    options = [f"--tokens {tokens}"] if tokens != "last" else []
+    options += [f"--bins {bins}"] if bins != 10 else []
+    options += [f"--{name.replace('_', '-')} {value!r}" for name, value in weighting.items()]
+    options += [] if run.manifest.modules else ["--unverified"]
+    follow_up = (run.path / OPTIONS_NAME).exists()
+    options.append("--env weighted" if follow_up else "--out lycoris_config.json")
+    line = f"layerprobe lokr {shlex.quote(str(run.path))} {' '.join(options)}"
+    return f"{line}\nsimpletuner train env=weighted" if follow_up else line
+
+
+def _command_part(command: str) -> str:
+    return (
+        f"<h3>Make the config</h3><pre id='command'>{escape(command)}</pre>"
+        "<button type='button' id='copy' hidden>Copy</button>"
+    )

@@ -46,9 +46,3 @@ def test_the_offline_half_is_light(part):
 
 def test_training_draws_no_figures():
     assert imported(modules("record")) <= {"torch"}
-
-
-def test_analysis_knows_no_recipe():
-    """analyse/ takes functions where it needs factors; only lokr/ and the commands know how these are chosen."""
-    for path in (PACKAGE / "analyse").glob("*.py"):
-        assert "simpletuner_layerprobe.lokr" not in path.read_text(encoding="utf-8"), path.name

@@ -21,9 +21,13 @@ from typing import Any
 
 import torch
 from denoisers import Subject, subject
-from measure import RESULTS, Times, machine, paired, save
-from ways import Way, bare, ways
+from measure import PROBE, RESULTS, Times, machine, paired, save
+from ways import Probe, Way, bare, ways, without_kernel
 
+from simpletuner_layerprobe.record.distance import plain_angles
+from simpletuner_layerprobe.record.fused import fused_angles
+
+PLAIN_PROBE = f"{PROBE}, without the fused kernel"
 MODELS = {"sd3.5-large": "sd3-tiny", "flux.1-dev": "flux-tiny"}
 
 
@@ -117,7 +121,7 @@ def measure_model(device: Device, name: str, shape: str, batch: int, pairs: int,
         step()
     root.remove()
     result["last_state_bytes"] = states[0]
-    for label, way in ways(one).items():
+    for label, way in (ways(one) | {PLAIN_PROBE: without_kernel(Probe(one))}).items():
         if "training" in label and not training:
             continue
         found = measured(device, way, one, max(3, pairs // 3) if "training" in label else pairs)
@@ -150,7 +154,9 @@ def main(arguments: list[str] | None = None) -> None:
             shape = MODELS[name] if options.tiny else name
             runs.append(measure_model(device, name, shape, batch, options.pairs, not options.without_training))
             device.free()
-    path = save("gpu", {"machine": machine(device.words()), "tiny": options.tiny, "runs": runs}, options.out)
+    kernel = fused_angles(torch.device(options.device), torch.bfloat16, torch.bfloat16, plain_angles) is not None
+    result = {"machine": machine(device.words()), "tiny": options.tiny, "fused_kernel": kernel, "runs": runs}
+    path = save("gpu", result, options.out)
     print(f"wrote {path.name}")
 
 

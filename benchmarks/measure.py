@@ -82,6 +82,7 @@ def machine(device: str = "") -> dict[str, Any]:
         "date": datetime.now(UTC).date().isoformat(),
         "system": f"{platform.system()} {platform.machine()}",
         "processor": _told("/proc/cpuinfo", "model name") or platform.processor() or "unknown processor",
+        "matrix_units": "amx_bf16" in _told("/proc/cpuinfo", "flags").split(),
         "memory_gigabytes": round(int((_told("/proc/meminfo", "MemTotal") or "0").split()[0]) * 1024 / 1e9),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "load_at_start": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,

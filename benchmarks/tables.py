@@ -84,6 +84,17 @@ def overhead_limits(result: dict[str, Any]) -> list[Limit]:
     ]
 
 
+def matrices(machine: dict[str, Any]) -> str:
+    """What the processor's matrix units mean for the ratios."""
+    if machine["matrix_units"]:
+        return """This processor multiplies bfloat16 matrices in hardware (AMX), some ten times as fast as its vectors
+would, and the angles are vector work: processors without it have longer forwards and a smaller share of the probe."""
+    return """This processor has no units for bfloat16 matrices (AMX). With them the forward is two to three times as
+fast and the angles, which are vector work, are not, so the probe's share is larger: on an Intel Xeon that has them an
+earlier version, whose angles took half as long again, was at 1.017 (fastest steps 1.041) at width 1536 and at 1.062 at
+width 768 on 2026-11-23."""
+
+
 def overhead(result: dict[str, Any]) -> str:
     probe = result["ways"][PROBE]
     rows = [["bare forward without autograd", f"{probe['wall']['base_seconds']:.2f} s", "1", "1", "1", "0", "0"]]
@@ -114,9 +125,7 @@ themselves need more at another moment. Synchronisations are operations that wou
 A ratio is not sure where the median of the pairs and the fastest steps fall on different sides of the limit: on this
 machine either moves by some 0.02 from one run to the next. The narrower model is an {narrow["model"]},
 where the bare forward takes
-{narrow[PROBE]["wall"]["base_seconds"]:.2f} s. This processor multiplies bfloat16 matrices in hardware (AMX), some ten
-times as fast as its vectors would, and the angles are vector work: processors without it have longer forwards and a
-smaller share of the probe.
+{narrow[PROBE]["wall"]["base_seconds"]:.2f} s. {matrices(result["machine"])}
 
 Extra peak memory of the probe by the number of blocks, everything else equal (the states of a block have
 {growth["block_state_bytes"] / 1000:.0f} kB): {by_blocks}.
@@ -136,8 +145,14 @@ def gpu(result: dict[str, Any] | None) -> str:
 **Not measured.** No GPU was at hand. `python benchmarks/gpu.py` measures SD3.5 Large's and Flux.1-dev's real shapes at
 1024 x 1024 with random bf16 weights; only whether it runs was tested, on a CPU with tiny shapes. So nothing is known
 about the GPU limits (a probe step of at most 1.01 of the bare forward, at least 3 times faster than the training step
-with gradient checkpointing). For each piece of 4 million numbers of a state the probe starts some ten kernels, which
-by their operands read and write 30 to 40 bytes a number; the pieces are small enough for the device's cache.
+with gradient checkpointing).
+
+What is known without one: on CUDA devices one fused kernel (Triton) takes the angles of a state. It reads 4 bytes from
+memory for each number of a bfloat16 state before and after its block, 1.6 GB in a step of SD3.5 Large at 1024 x 1024;
+torch's own operations read and write some 30. Triton's interpreter gives the float64 reference's angles with it, and it
+compiles for the architectures
+sm_80 to sm_120; a probe tries it against torch's operations on the device itself before its first step, and goes on
+with those, with a warning, if it fails or differs.
 """
     rows = []
     for run in result["runs"]:
@@ -152,7 +167,11 @@ by their operands read and write 30 to 40 bytes a number; the pieces are small e
             )
     head = ["model", "batch", "way", "seconds", "time / bare", "extra peak memory", "syncs"]
     limits = limits_table(gpu_limits(result))
-    return f"## A step on a GPU\n\n{about(result['machine'])}\n\n{table(head, rows)}\n\n{limits}\n"
+    kernel = "used its fused kernel" if result["fused_kernel"] else "did **not** use its fused kernel"
+    return (
+        f"## A step on a GPU\n\n{about(result['machine'])} The probe {kernel} here.\n\n"
+        f"{table(head, rows)}\n\n{limits}\n"
+    )
 
 
 def gpu_limits(result: dict[str, Any] | None) -> list[Limit]:

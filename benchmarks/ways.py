@@ -19,6 +19,7 @@ from measure import CHECKPOINTED, PROBE
 from torch.nn import functional as F
 
 from simpletuner_layerprobe.families import Block, find_blocks
+from simpletuner_layerprobe.record import distance
 from simpletuner_layerprobe.record.observer import Observer
 from simpletuner_layerprobe.record.rows import Facts, RowBuffer
 from simpletuner_layerprobe.run.readings import TOKENS, parse_reading
@@ -69,6 +70,22 @@ class Probe:
         with self.observer:
             yield step
         self.buffer.take()
+
+
+def without_kernel(way: Way) -> Way:
+    """The way with torch's own operations in place of the fused kernel, as devices without the kernel have it."""
+
+    @contextmanager
+    def plain(subject: Subject) -> Iterator[Step]:
+        kept = distance.fused_angles
+        distance.fused_angles = lambda *_: None
+        try:
+            with way(subject) as step:
+                yield step
+        finally:
+            distance.fused_angles = kept
+
+    return plain
 
 
 def train(checkpointing: bool) -> Way:

@@ -120,11 +120,12 @@ def test_steps(simpletuner, tmp_path):
 
     overhead = json.loads((tmp_path / "overhead.json").read_text())
     gpu = json.loads((tmp_path / "gpu.json").read_text())
+    assert not gpu["fused_kernel"]  # a CPU has none
     assert overhead["ways"]["probe, both readings"]["syncs"] == 0
     assert overhead["ways"][".item() per block"]["syncs"] == 5  # 3 image and 2 text states
     assert gpu["tiny"] and [run["model"] for run in gpu["runs"]] == ["sd3.5-large", "flux.1-dev"]
     for one in gpu["runs"]:
-        assert list(one["ways"]) == list(overhead["ways"])
+        assert list(one["ways"]) == [*overhead["ways"], "probe, both readings, without the fused kernel"]
         assert all(way["device"]["seconds"] > 0 for way in one["ways"].values())
 
 
@@ -176,7 +177,9 @@ def test_gpu_results_get_their_limits(tmp_path):
         "keep all states on the device": {"out_of_memory": True},
     }
     run = {"model": "m", "batch": 1, "ways": ways, "last_state_bytes": 100}
-    result = {"machine": machine, "tiny": False, "runs": [run]}
+    result = {"machine": machine, "tiny": False, "fused_kernel": True, "runs": [run]}
     assert [limit.kept for limit in gpu_limits(result)] == [False, False, True, True]
     assert "| m | 1 | keep all states on the device | out of memory |" in gpu(result)
     assert "4.0 times | kept |" in gpu(result)
+    assert "used its fused kernel" in gpu(result)
+    assert "did **not** use its fused kernel" in gpu(result | {"fused_kernel": False})

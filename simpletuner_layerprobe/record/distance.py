@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from simpletuner_layerprobe import ProbeError
+from simpletuner_layerprobe.record.fused import fused_angles
 
-# Elements handled at once: bounds the float32 copies. On a CPU they stay in a core's cache; on other devices a chunk is
-# large enough to keep the device busy and small enough for the cache that its cores share.
-CHUNK_ELEMENTS = {"cpu": 1 << 16}
+# Elements handled at once: bounds the float32 copies. A piece costs a few calls whatever its size, and a large one
+# leaves the cache, on a CPU that of a core and its share of the common one.
+CHUNK_ELEMENTS = {"cpu": 1 << 18}
 CHUNK_ELEMENTS_DEVICE = 1 << 22
 
 
+@torch.no_grad()
 def token_angles(before_BSD: torch.Tensor, after_BSD: torch.Tensor) -> torch.Tensor:
     """Angular distance arccos(cos)/pi of every token's hidden state before and after a block.
 
@@ -33,58 +35,82 @@ def token_angles(before_BSD: torch.Tensor, after_BSD: torch.Tensor) -> torch.Ten
             f"a block changed the shape of its hidden states from {tuple(before_BSD.shape)} to "
             f"{tuple(after_BSD.shape)}; the distance needs the same tokens before and after"
         )
-    if before_BSD.device.type == "cpu" and before_BSD.stride(-1) != 1 and after_BSD.stride(-1) != 1:
-        return _angles_by_width(before_BSD.mT, after_BSD.mT)
-    parts = [
-        _angles(before_BSD[:, tokens], after_BSD[:, tokens])
-        for tokens in chunks(before_BSD.shape, before_BSD.device.type)
-    ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    if before_BSD.device.type == "cpu":
+        if before_BSD.stride(-1) != 1 and after_BSD.stride(-1) != 1:
+            return _cpu_angles_by_width(before_BSD.mT, after_BSD.mT)
+        return _cpu_angles(before_BSD, after_BSD)
+    fused = fused_angles(before_BSD.device, before_BSD.dtype, after_BSD.dtype, plain_angles)
+    return (fused or plain_angles)(before_BSD, after_BSD)
 
 
 def chunks(shape: Sequence[int], device: str) -> Iterator[slice]:
     """The tokens of a state (B, S, D) in pieces that are handled at once on this type of device."""
     samples, tokens, width = shape
-    step = max(1, CHUNK_ELEMENTS.get(device, CHUNK_ELEMENTS_DEVICE) // max(1, samples * width))
-    for start in range(0, tokens, step):
-        yield slice(start, start + step)
+    yield from _pieces(tokens, samples * width, CHUNK_ELEMENTS.get(device, CHUNK_ELEMENTS_DEVICE))
 
 
-def _angles(u_BSD: torch.Tensor, v_BSD: torch.Tensor) -> torch.Tensor:
-    """The angles of one chunk. The states are the large tensors: each is read three times, and two are written."""
-    if u_BSD.device.type == "cpu":
-        # There each operation below would make its own float32 copy; other devices convert in their registers.
-        u_BSD, v_BSD = u_BSD.float(), v_BSD.float()
-    u_norm_BS1, v_norm_BS1 = token_norm(u_BSD), token_norm(v_BSD)
-    stretch_BS1 = v_norm_BS1 / u_norm_BS1
-    # float32 because `stretch_BS1` is, whatever the states are.
-    across_BS1 = token_norm(torch.addcmul(v_BSD, u_BSD, stretch_BS1, value=-1))
-    along_BS1 = token_norm(torch.addcmul(v_BSD, u_BSD, stretch_BS1))
-    return _angles_of(across_BS1, along_BS1, v_norm_BS1).squeeze(-1)
+def _pieces(count: int, elements: int, at_once: int) -> Iterator[slice]:
+    """`count` rows of so many elements, in pieces of at most `at_once` elements, or else of one row."""
+    step = max(1, at_once // max(1, elements))
+    for start in range(0, count, step):
+        yield slice(start, min(start + step, count))
 
 
-def _angles_by_width(u_BDS: torch.Tensor, v_BDS: torch.Tensor) -> torch.Tensor:
-    """The angles of states whose tokens are neighbours in memory, as SD3's patch embedding leaves its image stream.
+def plain_angles(before_BSD: torch.Tensor, after_BSD: torch.Tensor) -> torch.Tensor:
+    """The angles by torch's own operations, for devices that convert the states in their registers.
 
-    The same sums as `_angles`, on a CPU alone, over pieces of the width instead of the tokens: what is read and written
-    are whole rows, which takes a third of the time.
+    Of each piece both states are read three times, and two float32 tensors written and read.
+    """
+    parts = []
+    for tokens in chunks(before_BSD.shape, before_BSD.device.type):
+        u_BSD, v_BSD = before_BSD[:, tokens], after_BSD[:, tokens]
+        u_norm_BS1, v_norm_BS1 = token_norm(u_BSD), token_norm(v_BSD)
+        stretch_BS1 = v_norm_BS1 / u_norm_BS1
+        # float32 because `stretch_BS1` is, whatever the states are.
+        across_BS1 = token_norm(torch.addcmul(v_BSD, u_BSD, stretch_BS1, value=-1))
+        along_BS1 = token_norm(torch.addcmul(v_BSD, u_BSD, stretch_BS1))
+        parts.append(_angles_of(across_BS1, along_BS1, v_norm_BS1).squeeze(-1))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _cpu_angles(u_BSD: torch.Tensor, v_BSD: torch.Tensor) -> torch.Tensor:
+    """The angles on a CPU, some tokens at a time in float32 buffers that stay in the cache."""
+    samples, _, width = u_BSD.shape
+    pieces = list(chunks(u_BSD.shape, "cpu"))
+    u_buffer, v_buffer, buffer = (torch.empty(samples, pieces[0].stop, width) for _ in range(3))
+    parts = []
+    for piece in pieces:
+        some = slice(piece.stop - piece.start)
+        u, v = u_buffer[:, some].copy_(u_BSD[:, piece]), v_buffer[:, some].copy_(v_BSD[:, piece])
+        v_norm = token_norm(v)
+        stretch = v_norm / token_norm(u)
+        across = token_norm(torch.addcmul(v, u, stretch, value=-1, out=buffer[:, some]))
+        along = token_norm(torch.addcmul(v, u, stretch, out=buffer[:, some]))
+        parts.append(_angles_of(across, along, v_norm).squeeze(-1))
+    return torch.cat(parts, dim=1)
+
+
+def _cpu_angles_by_width(u_BDS: torch.Tensor, v_BDS: torch.Tensor) -> torch.Tensor:
+    """The same for states whose tokens are neighbours in memory, as SD3's patch embedding leaves its image stream.
+
+    A piece is some of the width instead of some tokens: what is read and written are whole rows, which takes a third of
+    the time.
     """
     samples, width, tokens = u_BDS.shape
-    step = max(1, CHUNK_ELEMENTS["cpu"] // max(1, samples * tokens))
-
-    def norm(piece: Callable[[slice], torch.Tensor]) -> torch.Tensor:
-        """Length over the whole width; `piece` makes a new float32 tensor of some of it."""
-        sum_BS = torch.zeros(samples, tokens)
-        for start in range(0, width, step):
-            sum_BS += piece(slice(start, start + step)).square_().sum(dim=1)
-        return sum_BS.sqrt_()
-
-    u_norm_BS = norm(lambda some: u_BDS[:, some].to(torch.float32, copy=True))
-    v_norm_BS = norm(lambda some: v_BDS[:, some].to(torch.float32, copy=True))
-    stretch_B1S = (v_norm_BS / u_norm_BS).unsqueeze(1)
-    across_BS = norm(lambda some: torch.addcmul(v_BDS[:, some].float(), u_BDS[:, some].float(), stretch_B1S, value=-1))
-    along_BS = norm(lambda some: torch.addcmul(v_BDS[:, some].float(), u_BDS[:, some].float(), stretch_B1S))
-    return _angles_of(across_BS, along_BS, v_norm_BS)
+    pieces = list(_pieces(width, samples * tokens, CHUNK_ELEMENTS["cpu"]))
+    u_buffer, v_buffer, buffer = (torch.empty(samples, pieces[0].stop, tokens) for _ in range(3))
+    u_BS, v_BS, across_BS, along_BS = torch.zeros(4, samples, tokens)
+    for piece in pieces:
+        some = slice(piece.stop - piece.start)
+        u_BS += u_buffer[:, some].copy_(u_BDS[:, piece]).square_().sum(dim=1)
+        v_BS += v_buffer[:, some].copy_(v_BDS[:, piece]).square_().sum(dim=1)
+    stretch_B1S = (v_BS.sqrt_() / u_BS.sqrt_()).unsqueeze(1)
+    for piece in pieces:
+        some = slice(piece.stop - piece.start)
+        u, v = u_buffer[:, some].copy_(u_BDS[:, piece]), v_buffer[:, some].copy_(v_BDS[:, piece])
+        across_BS += torch.addcmul(v, u, stretch_B1S, value=-1, out=buffer[:, some]).square_().sum(dim=1)
+        along_BS += torch.addcmul(v, u, stretch_B1S, out=buffer[:, some]).square_().sum(dim=1)
+    return _angles_of(across_BS.sqrt_(), along_BS.sqrt_(), v_BS)
 
 
 def _angles_of(across: torch.Tensor, along: torch.Tensor, v_norm: torch.Tensor) -> torch.Tensor:
@@ -98,7 +124,7 @@ def token_norm(state_BSD: torch.Tensor) -> torch.Tensor:
         # On a CPU vector_norm takes nine times as long where a token's numbers are not neighbours in memory (SD3's
         # image stream is made so by its patch embedding), the sum of squares twice. Not vecdot: autocast would take it
         # in bfloat16.
-        return (state_BSD * state_BSD).sum(dim=-1, keepdim=True).sqrt_()
+        return state_BSD.float().square().sum(dim=-1, keepdim=True).sqrt_()
     return torch.linalg.vector_norm(state_BSD, dim=-1, keepdim=True, dtype=torch.float32)
 
 

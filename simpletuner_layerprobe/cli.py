@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         try:
             arguments = parser().parse_args(argv)
+            arguments.own_process = argv is None  # nobody else's, such as a program that trains
             code: int = arguments.command(arguments)
             return code
         finally:

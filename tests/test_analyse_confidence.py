@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -204,6 +205,24 @@ def test_more_samples_settle_what_few_did_not() -> None:
         sure = confidence(few, article(few), times=part * (400 + asked) / 400)
         assert (sure.unsettled() == ()) == settled
     assert (more_samples(few, article(few), share=0.99) or 0) > asked
+    assert more_samples(few, article(few), sure=confidence(few, article(few))) == asked
+
+
+def test_more_samples_decides_no_more_than_it_takes() -> None:
+    """The run itself is judged once, and replicates are not counted further where they cannot settle all any more."""
+    found = bootstrap_of(np.random.default_rng(4), 400, 0.05)
+    decided: list[int] = []
+
+    def never_alike(mean_RTL: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        decided.append(len(mean_RTL["image"]))
+        value_RL, factor_RL = article(found)(mean_RTL)
+        return value_RL, np.arange(len(factor_RL))[:, None] + 0 * factor_RL
+
+    sure = confidence(found, never_alike)
+    R = sure.replicates
+    assert decided == [1, R]
+    assert more_samples(found, never_alike, sure=sure) is None
+    assert sum(decided[2:]) < R / 4
 
 
 def test_it_is_the_spread_that_shrinks_with_more_samples() -> None:

@@ -34,6 +34,7 @@ MIN_SAMPLES = 10
 """Samples that every bin must have before a factor can count as settled: fewer say too little of their spread."""
 STRATA = 10  # so many consecutive samples of a bin fill equal parts of it if stratified, see record/sigmas.py
 MIN_GROUPS = 20  # at least so many groups of STRATA samples make them worth it
+_AT_ONCE = 50  # replicates, where a few may tell
 MOST_TIMES = 1e4  # no word on what more than so many times the samples would settle
 
 Decide = Callable[[Mapping[str, NDArray[np.float64]]], tuple[NDArray[np.float64], NDArray[np.int64]]]
@@ -309,20 +310,35 @@ def confidence(bootstrap: Bootstrap, decide: Decide, *, times: float = 1.0) -> C
     )
 
 
-def more_samples(bootstrap: Bootstrap, decide: Decide, *, share: float = SHARE) -> int | None:
+def more_samples(
+    bootstrap: Bootstrap, decide: Decide, *, share: float = SHARE, sure: Confidence | None = None
+) -> int | None:
     """About how many more samples would settle every factor: 0 if all are settled, None if beyond MOST_TIMES as many.
 
     It draws the replicates in towards the means found, as more samples would, and looks for the first multiple that
     settles all factors. The means found are taken for the truth, so it is a rough estimate that moves as samples
     come: in 40 made-up runs of 1,000 samples half of the answers lay between 0.8 and 4.2 times what was needed, one in
     twenty was below 0.3 times and one in twenty above 100 times.
+
+    sure: what `confidence` says of the same bootstrap and decision, if that is known already.
     """
     fullest = max(int(count_T.max()) for count_T in bootstrap.count_T.values())
     scarcest = min(int(count_T[count_T > 0].min(initial=fullest)) for count_T in bootstrap.count_T.values())
     least = max(1.0, MIN_SAMPLES / max(scarcest, 1))
+    now = sure or confidence(bootstrap, decide)
+    R = now.replicates
 
     def settled(times: float) -> bool:
-        return bool((confidence(bootstrap, decide, times=times).agreement_K >= share).all())
+        if times == 1:
+            return bool((now.agreement_K >= share).all())
+        mean_RTL = bootstrap.replicates(times)
+        against_K = np.zeros(len(now.factor_K), dtype=np.int64)
+        for first in range(0, R, _AT_ONCE):
+            _, factor_RK = decide({name: values[first : first + _AT_ONCE] for name, values in mean_RTL.items()})
+            against_K += (factor_RK != now.factor_K).sum(axis=0)
+            if ((R - against_K) / R < share).any():
+                return False  # whatever the others decide
+        return True
 
     if settled(least):
         return math.ceil(bootstrap.samples * (least - 1))

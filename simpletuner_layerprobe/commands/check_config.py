@@ -6,6 +6,7 @@ import argparse
 
 from simpletuner_layerprobe import ProbeError
 from simpletuner_layerprobe.commands.arguments import KNOWN_MODELS, Add
+from simpletuner_layerprobe.commands.imports import diffusers_for_tables, lycoris_for_proofs
 from simpletuner_layerprobe.commands.output import OK, quiet
 
 
@@ -44,10 +45,10 @@ def command(arguments: argparse.Namespace) -> int:
     else:
         from simpletuner_layerprobe.lokr.zoo import architecture
 
-        with quiet():
+        with quiet(), diffusers_for_tables(arguments):
             model = architecture(arguments.model)
         modules, model_class = model.modules, model.model_class
-    with quiet():
+    with quiet(), lycoris_for_proofs(arguments):
         check = check_config(config, modules, model_class=model_class, where=arguments.config)
     for row in check.rows:
         if not row.ok:

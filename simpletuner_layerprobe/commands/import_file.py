@@ -7,6 +7,7 @@ from typing import Any
 
 from simpletuner_layerprobe import ProbeError
 from simpletuner_layerprobe.commands.arguments import KNOWN_MODELS, Add, add_tokens
+from simpletuner_layerprobe.commands.imports import diffusers_for_tables
 from simpletuner_layerprobe.commands.output import OK, quiet
 
 
@@ -37,7 +38,7 @@ def command(arguments: argparse.Namespace) -> int:
     if arguments.model is not None:
         from simpletuner_layerprobe.lokr.zoo import architecture
 
-        with quiet():
+        with quiet(), diffusers_for_tables(arguments):
             model = architecture(arguments.model)
         if not model.streams:
             raise ProbeError(f"{arguments.model} is a {model.model_class}; the layer probe does not know its blocks")

@@ -17,6 +17,7 @@ from simpletuner_layerprobe.commands.arguments import (
     number_like,
     whole,
 )
+from simpletuner_layerprobe.commands.imports import diffusers_for_tables, lycoris_for_proofs
 from simpletuner_layerprobe.commands.lokr_options import (
     ARTICLE_MAX_FACTOR,
     budget_of,
@@ -256,7 +257,7 @@ def command(arguments: argparse.Namespace) -> int:
         meant = (
             plan.planned if plan else lokr_config.article_plan(contribution.blocks, factors, targets, manifest.modules)
         )
-        with quiet():
+        with quiet(), lycoris_for_proofs(arguments):
             check = verify(config, meant, manifest.modules, model_class=manifest.model_class)
         check.require()
     written, following = write(arguments, config)
@@ -296,7 +297,7 @@ def _lokr_of_model(arguments: argparse.Namespace) -> int:
     from simpletuner_layerprobe.lokr.zoo import architecture
     from simpletuner_layerprobe.run.manifest import SCHEMA_VERSION, Manifest
 
-    with quiet():
+    with quiet(), diffusers_for_tables(arguments):
         model = architecture(arguments.model)
     if not model.streams:
         raise ProbeError(f"{arguments.model} is a {model.model_class}; the layer probe does not know its blocks")
@@ -323,7 +324,7 @@ def _lokr_of_model(arguments: argparse.Namespace) -> int:
     plan = planner.plan(values)
     targets = families.family(manifest.family, manifest.model_class).targets
     config = lokr_config.planned_config(plan.planned, blocks, targets)
-    with quiet():
+    with quiet(), lycoris_for_proofs(arguments):
         check = verify(config, plan.planned, manifest.modules, model_class=manifest.model_class)
     check.require()
     written, following = write(arguments, config)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from simpletuner_layerprobe import ProbeError
+from simpletuner_layerprobe.commands.imports import lycoris_for_proofs
 from simpletuner_layerprobe.commands.output import quiet, warn
 from simpletuner_layerprobe.preset import BF16_BYTES
 
@@ -88,7 +89,7 @@ def budget_of(arguments: argparse.Namespace, modules: Sequence[Module], model_cl
     from simpletuner_layerprobe.lokr.config import read_config
     from simpletuner_layerprobe.lokr.verify import check_config
 
-    with quiet():
+    with quiet(), lycoris_for_proofs(arguments):
         like = check_config(read_config(arguments.like), modules, model_class=model_class, where=arguments.like)
     if not like.parameters:
         raise ProbeError(f"{arguments.like} gives no module of this model an adapter, so there is no budget to match")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from simpletuner_layerprobe import ProbeError
+from simpletuner_layerprobe.commands.imports import lycoris_for_proofs, peft_for_proofs
 from simpletuner_layerprobe.commands.lokr_options import (
     ARTICLE_MAX_FACTOR,
     BUDGET_OPTIONS,
@@ -94,11 +95,12 @@ def lokr_by_ranks(
         sure, _ = confidence_of(run, arguments, decide_of, replicates=decision.REPLICATES if budgeted else None)
     plan = ranks.rank_plan(algo, blocks, rank_L2, targets, modules)
     config: dict[str, Any] = {}
-    with quiet():
-        if algo == "lora":
+    if algo == "lora":
+        with quiet(), peft_for_proofs(arguments):
             check = lora.verify_lora(plan, modules, model_class=manifest.model_class)
-        else:
-            config = ranks.rank_config(algo, blocks, rank_L2, targets, modules)
+    else:
+        config = ranks.rank_config(algo, blocks, rank_L2, targets, modules)
+        with quiet(), lycoris_for_proofs(arguments):
             check = verify(config, plan, modules, model_class=manifest.model_class)
     check.require()
     if algo == "lora":

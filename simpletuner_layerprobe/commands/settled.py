@@ -61,7 +61,7 @@ def settling_text(run: Run, bins: int, preset: str) -> str:
         )
         decide = decide_of(bootstrap)
         sure = confidence(bootstrap, decide)
-        more = more_samples(bootstrap, decide)
+        more = more_samples(bootstrap, decide, sure=sure)
     except ProbeError as error:
         return f"unknown: {error}"
     count = len(sure.agreement_K) - len(sure.unsettled())

@@ -27,6 +27,8 @@ from simpletuner_layerprobe.run.manifest import Module
 
 INIT_NAME = "lora_ranks.safetensors"
 TARGETS_NAME = "lora_target_modules.json"
+NOT_IN_A_SKELETON = ("bitsandbytes", "torchao", "torchvision", "sklearn")
+"""Packages that PEFT, and transformers for it, import if they are there, and no layer of a skeleton needs."""
 
 
 def init_file(plan: Sequence[PlannedRank], model_class: str) -> bytes:

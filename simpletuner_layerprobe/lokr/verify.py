@@ -43,6 +43,9 @@ MAX_DIMENSION = 2**22  # LyCORIS looks for divisors one by one
 MAX_NUMBER = 2**63  # of a setting
 MAX_PRESET_BYTES = 1024 * 1024
 MATCH_SECONDS = 5.0  # that the regular expressions of a config may take for one model; most take a thousandth
+NOT_IN_A_SKELETON = ("bitsandbytes", "quanto", "optimum.quanto", "peft")
+"""Packages whose layers LyCORIS would know in a model, imported with it if they are there. A skeleton has none of
+their classes, whatever its own are called, so it gets the same adapters without them."""
 _LEAF = "module"  # the one layer of the model on which a single adapter is built
 # What SimpleTuner takes out of the config and hands to `create_lycoris` by position, or keeps.
 _BY_POSITION = {"multiplier": 1, "linear_dim": 4, "linear_alpha": 1}

@@ -22,6 +22,8 @@ from simpletuner_layerprobe.run.modules import module_table
 if TYPE_CHECKING:
     from torch import nn
 
+NOT_IN_THE_NAMED = ("transformers", "peft", "torchao", "torchvision", "bitsandbytes", "scipy")
+"""Packages that diffusers imports if they are there and that the models in NAMED do not use."""
 FAMILY_OF_CLASS = {"SD3Transformer2DModel": "sd3", "FluxTransformer2DModel": "flux"}
 # Class names of diffusers' parts -> of the same parts in SimpleTuner's own class of that name, 4.8 to 4.10.
 TRAINED_AS: dict[str, dict[str, str]] = {"FluxTransformer2DModel": {"FluxAttention": "Attention"}}

@@ -32,6 +32,7 @@ from simpletuner_layerprobe.analyse.compare import (
     two_sided,
 )
 from simpletuner_layerprobe.analyse.confidence import Bootstrap, Tally
+from simpletuner_layerprobe.lokr.factors import article_factors
 from simpletuner_layerprobe.record.sigmas import stratified_sigmas
 from simpletuner_layerprobe.run.shards import Run, ShardWriter, create_run, open_run
 
@@ -181,7 +182,7 @@ def test_two_runs_of_the_same_truth_rarely_differ(samples_a: int, samples_b: int
         pair = [bootstrap(SMALL, *drawn(levels, samples, random)) for samples in (samples_a, samples_b)]
         streams = stream_comparisons(*pair)
         changed = any(one.cells.significant.any() or one.levels.significant.any() for one in streams.values())
-        shown += changed or CHANGED in factor_comparison(*pair, streams).verdict_L
+        shown += changed or CHANGED in factor_comparison(*pair, streams, article_factors).verdict_L
     assert shown / repetitions <= ALPHA
 
 
@@ -194,7 +195,7 @@ def test_factors_change_only_where_both_are_settled() -> None:
     verdicts = {}
     for samples in (300, 20_000):
         pair = [bootstrap(SMALL, *drawn(levels, samples, random)) for levels in (before, after)]
-        found = factor_comparison(*pair, stream_comparisons(*pair))
+        found = factor_comparison(*pair, stream_comparisons(*pair), article_factors)
         verdicts[samples] = found.verdict_L
         assert found.a.factor_K[2] > found.b.factor_K[2] + 2
     assert verdicts[20_000][2] == CHANGED and verdicts[20_000].count(CHANGED) == 1
@@ -209,7 +210,7 @@ def test_a_critical_block_that_is_none_any_more_changes_its_factor() -> None:
     before["text"][:, 4] *= 8
     after["text"][:, 4] = after["image"][:, 4] = 0.03
     pair = [bootstrap(SMALL, *drawn(levels, 20_000, random)) for levels in (before, after)]
-    found = factor_comparison(*pair, stream_comparisons(*pair))
+    found = factor_comparison(*pair, stream_comparisons(*pair), article_factors)
     assert 4 in found.critical_a and 4 not in found.critical_b
     assert found.a.factor_K[4] == 1 and found.b.factor_K[4] == 12 and found.verdict_L[4] == CHANGED
 
@@ -224,7 +225,7 @@ def comparison(folder: Path, **facts: object) -> Comparison:
     sigma_N, distances = drawn(levels, 1500, random)
     distances["text"][:7, 3] = np.nan
     sigma_N[sigma_N < 0.1] += 0.1
-    return compare(a, made_run(folder / "b", sigma_N, distances, **facts))
+    return compare(a, made_run(folder / "b", sigma_N, distances, **facts), article_factors)
 
 
 def test_runs_of_different_size_with_an_empty_bin_and_nan(tmp_path: Path) -> None:
@@ -253,7 +254,7 @@ def test_too_few_samples_are_said_to_be_too_few(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     levels = even_levels(SMALL, random)
     a, b = (made_run(tmp_path / name, *drawn(levels, 60, random)) for name in "ab")
-    found = compare(a, b)
+    found = compare(a, b, article_factors)
     assert all(one.missing.startswith("not enough samples: no sigma bin has 20") for one in found.streams.values())
     assert not any(one.levels.significant.any() for one in found.streams.values())
 
@@ -261,7 +262,7 @@ def test_too_few_samples_are_said_to_be_too_few(tmp_path: Path) -> None:
 def test_a_run_compared_with_itself_has_not_changed(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     run = made_run(tmp_path / "a", *drawn(even_levels(SMALL, random), 2000, random))
-    found = compare(run, run)
+    found = compare(run, run, article_factors)
     assert found.differences == () and found.notes == ()
     for stream in found.streams.values():
         assert not stream.cells.difference.any() and (stream.cells.p == 1).all()
@@ -275,14 +276,16 @@ def test_rounding_is_no_change_and_noiseless_changes_are_certain(tmp_path: Path)
     runs = {
         name: made_run(tmp_path / name, sigma_N, {"image": np.tile(one_L, (1000, 1))}) for name, one_L in parts.items()
     }
-    assert not compare(runs["a"], runs["b"]).streams["image"].levels.significant.any()
-    assert compare(runs["a"], runs["c"]).streams["image"].levels.significant.tolist() == [False] * 3 + [True]
+    assert not compare(runs["a"], runs["b"], article_factors).streams["image"].levels.significant.any()
+    assert compare(runs["a"], runs["c"], article_factors).streams["image"].levels.significant.tolist() == [
+        False
+    ] * 3 + [True]
 
 
 def test_equal_blocks_have_no_factors_but_can_be_compared(tmp_path: Path) -> None:
     sigma_N = (np.arange(1000) + 0.5) / 1000
     run = made_run(tmp_path / "a", sigma_N, {"image": np.full((1000, 3), 0.1)})
-    found = compare(run, run)
+    found = compare(run, run, article_factors)
     assert found.factors is None and found.factors_missing.startswith("A has no contributions: all 3 blocks have")
 
 
@@ -293,17 +296,17 @@ def test_other_architectures_are_refused(tmp_path: Path) -> None:
         for name, blocks in (("a", SMALL), ("b", SMALL | {"text": SMALL["text"][:9]}), ("c", {"image": SMALL["image"]}))
     )
     with fails("different blocks in the text stream: A has 11, B has 9; compare runs of the same architecture"):
-        compare(a, other)
+        compare(a, other, article_factors)
     with fails("different streams: A has image, text, B has image; compare"):
-        compare(a, image)
+        compare(a, image, article_factors)
     renamed = replace(a.manifest.streams[0], blocks=("x.0", *SMALL["image"][1:]))
     with fails("in the image stream: A has 'b.0' where B has 'x.0'; compare"):
         compare_module.require_same_blocks(a.manifest, replace(a.manifest, streams=(renamed, a.manifest.streams[1])))
     with fails("has no reading 'mean'"):
-        compare(a, a, tokens="mean")
+        compare(a, a, article_factors, tokens="mean")
     what = manifest(SMALL, tokens=("last",))
     with fails("has no samples"):
-        compare(a, create_run(tmp_path / "empty", what))
+        compare(a, create_run(tmp_path / "empty", what), article_factors)
 
 
 def test_module_tables_that_differ_are_told(tmp_path: Path) -> None:

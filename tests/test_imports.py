@@ -1,7 +1,9 @@
-"""The import rule: what runs offline imports neither torch nor SimpleTuner, and training imports no matplotlib."""
+"""The import rule: what runs offline imports neither torch nor SimpleTuner, and training imports no matplotlib; the
+halves meet only in run/."""
 
 from __future__ import annotations
 
+import ast
 import pkgutil
 import subprocess
 import sys
@@ -46,3 +48,43 @@ def test_the_offline_half_is_light(part):
 
 def test_training_draws_no_figures():
     assert imported(modules("record")) <= {"torch"}
+
+
+KNOWS = {"run": set(), "analyse": {"run"}, "lokr": {"run", "analyse"}, "report": {"run", "analyse", "lokr"}}
+"""The folders of the package that each may import. What is used of another is handed in, as compare's recipe is."""
+
+
+def imports(source: str) -> set[str]:
+    """The folders of the package that a module imports anywhere: also in functions and for types alone."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "relative imports hide where they lead"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    parts = [name.split(".") for name in found]
+    return {part[1] for part in parts if part[0] == PACKAGE.name and len(part) > 1 and (PACKAGE / part[1]).is_dir()}
+
+
+@pytest.mark.parametrize("part", KNOWS)
+def test_no_half_reaches_into_another(part: str) -> None:
+    paths = list((PACKAGE / part).glob("**/*.py"))
+    assert len(paths) > 1
+    for path in paths:
+        assert imports(path.read_text(encoding="utf-8")) <= {part, *KNOWS[part]}, path.name
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from simpletuner_layerprobe.lokr.factors import article_factors",
+        "from simpletuner_layerprobe.lokr import factors",
+        "from simpletuner_layerprobe import lokr, ProbeError",
+        "import simpletuner_layerprobe.lokr.factors as factors",
+        "if TYPE_CHECKING:\n    from simpletuner_layerprobe.lokr import factors",
+        "def late():\n    import simpletuner_layerprobe.lokr",
+    ],
+)
+def test_every_way_to_import_is_seen(line: str) -> None:
+    assert imports(f"from simpletuner_layerprobe import preset\n{line}\nimport numpy") == {"lokr"}

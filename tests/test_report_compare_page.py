@@ -11,6 +11,7 @@ from synthetic_run import SD35_LARGE, manifest, rows, write_run
 from test_report_page import NASTY, assert_clean, data, needs_browser, tags
 
 from simpletuner_layerprobe.analyse.compare import Comparison, compare
+from simpletuner_layerprobe.lokr.factors import article_factors
 from simpletuner_layerprobe.report.compare_page import compare_page
 from simpletuner_layerprobe.run.shards import Run, ShardWriter, create_run, open_run
 
@@ -20,7 +21,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Run, Comparison
     folder = tmp_path_factory.mktemp("runs")
     a = write_run(folder / "a", SD35_LARGE, 2000, peaks=[("image", 35)])
     b = write_run(folder / "b", SD35_LARGE, 2000, seed=1, peaks=[("image", 35), ("text", 10)])
-    return a, b, compare(a, b)
+    return a, b, compare(a, b, article_factors)
 
 
 def test_the_cells_in_the_page_are_those_of_the_comparison(pair: tuple[Run, Run, Comparison]) -> None:
@@ -59,7 +60,7 @@ def nasty_pair(folder: Path) -> tuple[Run, Run, Comparison]:
         distance_NL = (number + random.random((400, 10))).astype(np.float32) / 10
         ShardWriter(path, what, rank=0).write(rows(random.random(400), {("image", "last"): distance_NL}, (NASTY,)))
         found.append(open_run(path))
-    return found[0], found[1], compare(found[0], found[1])
+    return found[0], found[1], compare(found[0], found[1], article_factors)
 
 
 def test_every_string_of_a_run_is_escaped(tmp_path: Path, pair: tuple[Run, Run, Comparison]) -> None:
@@ -77,7 +78,7 @@ def test_too_few_samples_and_no_factors_still_give_a_page(tmp_path: Path) -> Non
     create_run(tmp_path, what)
     ShardWriter(tmp_path, what, rank=0).write(rows([0.5, 0.6], {("image", "last"): np.full((2, 2), 0.1, np.float32)}))
     run = open_run(tmp_path)
-    text = compare_page(run, run, compare(run, run))
+    text = compare_page(run, run, compare(run, run, article_factors))
     assert "Not enough samples: no sigma bin has 20" in text and "A has no contributions" in text
 
 
@@ -150,7 +151,7 @@ def test_a_rise_is_red_a_fall_is_blue_and_a_square_marks_it(tab: chromium.Page, 
         ShardWriter(tmp_path / name, what, rank=0).write(rows(sigma_N, {("image", "last"): distance_NL}))
         runs.append(open_run(tmp_path / name))
     path = tmp_path / "page.html"
-    path.write_text(compare_page(runs[0], runs[1], compare(runs[0], runs[1])))
+    path.write_text(compare_page(runs[0], runs[1], compare(runs[0], runs[1], article_factors)))
     tab.open(path)
     read = (  # all at once: a second look at a canvas makes the browser complain
         "(() => {const c = document.querySelector('#map-image canvas[tabindex]'), w = c.width / 4, h = 22;"

@@ -20,13 +20,13 @@ from simpletuner_layerprobe.analyse.confidence import (
     SHARE,
     Bootstrap,
     Confidence,
+    Factors,
     article_decision,
     confidence,
     tally,
 )
 from simpletuner_layerprobe.analyse.contribution import article_contributions
 from simpletuner_layerprobe.analyse.heatmap import Heatmap, all_blocks
-from simpletuner_layerprobe.lokr.factors import article_factors
 
 if TYPE_CHECKING:
     from simpletuner_layerprobe.run.manifest import Manifest
@@ -127,8 +127,8 @@ class Comparison:
         return all_blocks([stream.blocks for stream in self.streams.values()])
 
 
-def compare(run_a: Run, run_b: Run, *, tokens: str = "last", bins: int = 10) -> Comparison:
-    """Compare two runs with the same streams and blocks in one pass over each.
+def compare(run_a: Run, run_b: Run, recipe: Factors, *, tokens: str = "last", bins: int = 10) -> Comparison:
+    """Compare two runs with the same streams and blocks in one pass over each; recipe: the article's.
 
     Raises ProbeError if the streams or blocks differ, or a run has no samples or was not recorded with this reading.
     """
@@ -137,7 +137,7 @@ def compare(run_a: Run, run_b: Run, *, tokens: str = "last", bins: int = 10) -> 
     streams = stream_comparisons(a, b)
     factors, missing = None, ""
     try:
-        factors = factor_comparison(a, b, streams, tokens=tokens)
+        factors = factor_comparison(a, b, streams, recipe, tokens=tokens)
     except ProbeError as error:
         missing = str(error)
     return Comparison(
@@ -385,7 +385,7 @@ def student95(freedom: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def factor_comparison(
-    a: Bootstrap, b: Bootstrap, streams: Mapping[str, StreamComparison], *, tokens: str = "last"
+    a: Bootstrap, b: Bootstrap, streams: Mapping[str, StreamComparison], recipe: Factors, *, tokens: str = "last"
 ) -> FactorComparison:
     """The article's contributions and factors of both. Raises ProbeError, naming the run, if one has none."""
     blocks = all_blocks(list(a.blocks.values()))
@@ -395,7 +395,7 @@ def factor_comparison(
             contribution = article_contributions(_heatmaps(one, tokens))
         except ProbeError as error:
             raise ProbeError(f"{label} has no contributions: {error}") from None
-        decide = article_decision(one.blocks, one.count_T, article_factors)
+        decide = article_decision(one.blocks, one.count_T, recipe)
         values.append(contribution.value_L)
         # The least and the most block move all others: replicates lie off the run's own value. That counts as error.
         errors.append(np.sqrt(((decide(one.replicates())[0] - contribution.value_L) ** 2).mean(axis=0)))

@@ -41,6 +41,8 @@ Decide = Callable[[Mapping[str, NDArray[np.float64]]], tuple[NDArray[np.float64]
 """What is done with heatmaps: stream -> (R, T, L) means in, (R, L) contributions and (R, K) factors or ranks out.
 
 Two replicates agree where these numbers are equal, so what trains alike should have the same number."""
+Factors = Callable[[NDArray[np.float64]], NDArray[np.int64]]
+"""A recipe: contributions (N,) in [0, 1] -> factors (N,), each by itself."""
 
 
 class Tally:
@@ -248,7 +250,7 @@ def tally(run: Run, *, tokens: str = "last", bins: int = 10) -> Tally:
 def article_decision(
     blocks: Mapping[str, tuple[str, ...]],
     count_T: Mapping[str, NDArray[np.int64]],
-    factors: Callable[[NDArray[np.float64]], NDArray[np.int64]],
+    factors: Factors,
     *,
     critical: tuple[int, ...] | None = None,
     alike: Callable[[NDArray[np.int64]], NDArray[np.int64]] | None = None,
@@ -256,10 +258,9 @@ def article_decision(
 ) -> Decide:
     """The article's recipe for many heatmaps at once.
 
-    factors: contributions (N,) in [0, 1] -> factors (N,), each by itself. critical: the blocks that get factor 1,
-    None to find them anew in every replicate. alike: (R, L) factors -> (R, K) numbers that are equal where what trains
-    is the same; None to compare the factors by name, which is all that can be done without a module table. weighting:
-    as `article_contributions` takes it.
+    critical: the blocks that get factor 1, None to find them anew in every replicate. alike: (R, L) factors -> (R, K)
+    numbers that are equal where what trains is the same; None to compare the factors by name, which is all that can be
+    done without a module table. weighting: as `article_contributions` takes it.
     """
     names = all_blocks(list(blocks.values()))
     filled_T = {name: count_T[name] > 0 for name in blocks}

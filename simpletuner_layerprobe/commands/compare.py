@@ -39,10 +39,11 @@ def add_parser(add: Add) -> None:
 
 def command(arguments: argparse.Namespace) -> int:
     from simpletuner_layerprobe.analyse.compare import as_json, compare
+    from simpletuner_layerprobe.lokr.factors import article_factors
     from simpletuner_layerprobe.run.shards import open_run
 
     run_a, run_b = open_run(arguments.a), open_run(arguments.b)
-    found = compare(run_a, run_b, tokens=arguments.tokens, bins=arguments.bins)
+    found = compare(run_a, run_b, article_factors, tokens=arguments.tokens, bins=arguments.bins)
     out = None
     if arguments.out is not None:
         from simpletuner_layerprobe.report.compare_page import compare_page

@@ -16,8 +16,11 @@ from simpletuner_layerprobe.lokr.allocation import Allocated, allocate
 Problem = tuple[list[np.ndarray], list[np.ndarray]]
 
 
-def problem(seed: int, chains: int, groups: int, steps: int) -> Problem:
-    """(G, S) parameters that fall with the step, and (G,) shares, per chain."""
+def problem(seed: int, chains: int, groups: int, steps: int, *, decades: float = 0) -> Problem:
+    """(G, S) parameters that fall with the step, and (G,) shares, per chain.
+
+    decades: 0, or over how many powers of ten the shares are spread.
+    """
     random = np.random.default_rng(seed)
     parameters, shares = [], []
     for _ in range(chains):
@@ -25,7 +28,7 @@ def problem(seed: int, chains: int, groups: int, steps: int) -> Problem:
             np.concatenate([[[1.0]] * groups, 0.3 + 0.5 * random.random((groups, steps - 1))], axis=1), 1
         )
         parameters.append(np.maximum(1, (random.integers(50, 4000, (groups, 1)) * falling).astype(np.int64)))
-        shares.append(random.random(groups))
+        shares.append(10 ** -(decades * random.random(groups)) if decades else random.random(groups))
     total = math.fsum(share for share_G in shares for share in share_G)
     return parameters, [share_G / total for share_G in shares]
 
@@ -101,28 +104,64 @@ def test_nothing_is_better_and_nothing_nearer(shape, seed, place, width):
     least, most = ends(made)
     highest = int(least + place * (most - least))
     if least < highest < most:
-        assert check(made, highest - int(width * highest), highest, exact=True).listed
+        assert check(made, highest - int(width * highest), highest, exact=True).way == "list"
 
 
-@pytest.mark.parametrize(("cell", "listed"), [(1 / 1000, True), (1.0, False)])
-def test_what_is_said_to_be_proved_holds_where_lists_grow_too_long(monkeypatch, cell, listed):
-    """Lists of at most five, then cells of a thousandth, or so wide that only the table is left."""
+@pytest.mark.parametrize(("nodes", "way"), [(1000, "tree"), (0, "table")])
+def test_what_is_said_to_be_proved_holds_where_lists_grow_too_long(monkeypatch, nodes, way):
+    """Lists of at most five, then branch and bound, or so little of it that only the table is left."""
     monkeypatch.setattr(allocation, "_STATES", 5)
     monkeypatch.setattr(allocation, "_FEW", 5)
-    monkeypatch.setattr(allocation, "_CELL", cell)
+    monkeypatch.setattr(allocation, "_NODES", nodes)
     ways = []
     for seed in range(60):
         made = problem(seed, 2, 4, 3)
         least, most = ends(made)
         highest = int(least + 0.6 * (most - least))
-        ways.append(check(made, highest - highest // 100, highest, exact=False).listed)
-    assert ways.count(listed) >= 10
+        ways.append(check(made, highest - highest // 100, highest, exact=False).way)
+    assert ways.count(way) >= 10
+
+
+@settings(max_examples=100)
+@given(SHAPES, st.integers(0, 10**6), st.floats(0.001, 0.999), st.sampled_from([0, 2, 6, 12]))
+def test_branch_and_bound_proves_the_best(shape, seed, place, decades):
+    """By itself, however unequal the shares; they are in no order along the chains here."""
+    made = problem(seed, *shape, decades=decades)
+    least, most = ends(made)
+    highest = int(least + place * (most - least))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(allocation, "_FEW", 0)
+        patch.setattr(allocation, "_STATES", 0)
+        patch.setattr(allocation, "_NODES", 10**6)
+        if least < highest < most:
+            found = check(made, 0, highest, exact=False)
+            assert found.slack is not None and found.slack <= 1.001 * allocation._CLOSE
+            lowest = highest - highest // 20
+            narrow = check(made, lowest, highest, exact=False)
+            if narrow.way == "tree":
+                inside = max(v for t, v in every(made) if lowest <= t <= highest)
+                assert value(made, narrow) >= inside - 1.001 * allocation._CLOSE
+
+
+@pytest.mark.parametrize("nodes", [0, 8, 1000])
+def test_the_bound_holds_wherever_branch_and_bound_ends(monkeypatch, nodes):
+    monkeypatch.setattr(allocation, "_STATES", 0)
+    monkeypatch.setattr(allocation, "_FEW", 0)
+    monkeypatch.setattr(allocation, "_NODES", nodes)
+    found = []
+    for seed in range(60):
+        made = problem(seed, 2, 4, 3, decades=4)
+        least, most = ends(made)
+        found.append(check(made, 0, int(least + 0.6 * (most - least)), exact=False))
+    assert {one.way for one in found} <= {"tree", "list"}
+    slacks = [one.slack for one in found if one.way == "tree"]
+    assert len(slacks) >= 40 and (max(slacks) > 1.001 * allocation._CLOSE) == (nodes < 1000)
 
 
 def test_the_tables_bound_holds_where_totals_are_rounded(monkeypatch):
     monkeypatch.setattr(allocation, "_STATES", 0)
     monkeypatch.setattr(allocation, "_FEW", 0)
-    monkeypatch.setattr(allocation, "_CELL", 1.0)
+    monkeypatch.setattr(allocation, "_NODES", 0)
     monkeypatch.setattr(allocation, "_CELLS_OF_WORK", 0)
     monkeypatch.setattr(allocation, "_MIN_CELLS", 40)
     found = []
@@ -131,8 +170,8 @@ def test_the_tables_bound_holds_where_totals_are_rounded(monkeypatch):
         least, most = ends(made)
         highest = int(least + 0.3 * (most - least))
         found.append(check(made, highest - highest // 300, highest, exact=False))
-    assert sum(not one.listed for one in found) >= 20
-    assert {one.slack is None for one in found} == {True, False}
+    assert sum(one.way == "table" for one in found) >= 20
+    assert {one.slack is None for one in found if one.way == "table"} == {True, False}
 
 
 def test_equal_shares_and_one_step_chains_are_no_trouble():
@@ -143,7 +182,10 @@ def test_equal_shares_and_one_step_chains_are_no_trouble():
     assert [step_G.tolist() for step_G in found.steps] == [[0, 0, 1], [0]]
 
 
-def test_a_replicate_is_what_it_would_be_alone():
+@pytest.mark.parametrize("states", [allocation._STATES, 5])
+def test_a_replicate_is_what_it_would_be_alone(monkeypatch, states):
+    monkeypatch.setattr(allocation, "_STATES", states)
+    monkeypatch.setattr(allocation, "_FEW", min(states, allocation._FEW))
     parameters, shares = problem(3, 2, 6, 4)
     random = np.random.default_rng(0)
     R = 20
@@ -152,6 +194,7 @@ def test_a_replicate_is_what_it_would_be_alone():
     least, most = ends((parameters, shares))
     highest = (least + most) // 3
     together = list(allocate(parameters, order, share, highest - highest // 100, highest))
+    assert ("tree" in {found.way for found in together}) == (states == 5)
     for r, found in enumerate(together):
         alone = allocate(
             parameters,

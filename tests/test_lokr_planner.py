@@ -14,6 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from simpletuner_layerprobe import families
+from simpletuner_layerprobe.analyse.heatmap import all_blocks
 from simpletuner_layerprobe.families import Target
 from simpletuner_layerprobe.lokr.config import config_bytes, planned_config
 from simpletuner_layerprobe.lokr.planner import (
@@ -27,6 +28,7 @@ from simpletuner_layerprobe.lokr.planner import (
     TOLERANCE,
     Group,
     Plan,
+    Planner,
     factor_steps,
     module_groups,
     plan,
@@ -347,6 +349,78 @@ def test_the_bound_holds_where_totals_are_rounded():
         smaller = plan(LARGE, {JOINT: wavy(38)}, int(budget * 0.9995))
         other = np.array([numbers(group, f) for group, f in zip(LARGE, smaller.factors, strict=True)])
         assert float(share @ np.log(other)) <= value + math.log1p(found.slack) + 1e-12
+
+
+def at_random(groups: Sequence[Group], value_L: np.ndarray, share_G: np.ndarray, budget: int, seed: int) -> float:
+    """The value of an assignment that keeps to the budget.
+
+    From the smallest one upwards: always the group that gains most per parameter, its share changed at random, as long
+    as it fits and no block that contributes more falls behind.
+    """
+    random = np.random.default_rng(seed)
+    guided_G = share_G * np.exp(random.normal(0, 0.5, len(groups)) * (seed > 0))
+    counts, before = [], {}
+    for place in sorted(range(len(groups)), key=lambda place: -value_L[groups[place].number]):
+        group = groups[place]
+        same = [one for one in groups if one.chain == group.chain]
+        steps = factor_steps([size for one in same for module in one.modules for size in module.shape[:2]])
+        counts.append((place, before.get(group.chain), [numbers(group, factor) for factor in steps]))
+        before[group.chain] = place
+    p_of = {place: count_S for place, _, count_S in counts}
+    ahead = {place: other for place, other, _ in counts}
+    at = {place: len(count_S) - 1 for place, count_S in p_of.items()}
+    left = budget - sum(count_S[-1] for count_S in p_of.values())
+    while True:
+        moves = []
+        for place, step in at.items():
+            count_S, other = p_of[place], ahead[place]
+            more = count_S[step - 1] - count_S[step] if step else 0
+            if step and more <= left and (other is None or at[other] < step):
+                moves.append(
+                    (guided_G[place] * math.log(count_S[step - 1] / count_S[step]) / max(more, 1), place, more)
+                )
+        if not moves:
+            return math.fsum(share_G[place] * math.log(p_of[place][step]) for place, step in at.items())
+        _, place, more = max(moves)
+        at[place] -= 1
+        left -= more
+
+
+@pytest.mark.parametrize("name", ["sd35-large", "sd35-medium", "flux-dev"])
+def test_extreme_contrasts_are_proved_as_well(name):
+    """A few blocks have nearly all of the share then, and their steps are coarse."""
+    found = architecture(name)
+    targets = families.family(found.family).targets
+    groups = module_groups(all_blocks([one.blocks for one in found.streams]), targets, found.modules)
+    value_L = np.random.default_rng(0).random(groups[-1].number + 1)
+    value_L = (value_L - value_L.min()) / np.ptp(value_L)
+    seconds = []
+    for budget, contrast in itertools.product((32_000_000, 85_000_000, 288_000_000), (100.0, 1000.0, 1e6)):
+        began = time.process_time()
+        planned = plan(groups, {JOINT: value_L}, budget, contrast=contrast)
+        seconds.append(time.process_time() - began)
+        assert is_monotone(list(zip(groups, planned.factors, strict=True)), value_L)
+        assert budget - int(budget * TOLERANCE) <= planned.reached <= budget
+        assert planned.slack is not None and planned.slack < 0.0001
+        if budget == 85_000_000:
+            share_G = np.array(shares(groups, value_L, contrast))
+            reached = math.fsum(
+                share * math.log(numbers(group, factor))
+                for share, group, factor in zip(share_G, groups, planned.factors, strict=True)
+            )
+            for seed in range(3):
+                other = at_random(groups, value_L, share_G, budget, seed)
+                assert other <= reached + math.log1p(planned.slack) + 1e-9
+    assert max(seconds) < 2
+
+
+def test_replicates_are_planned_as_each_would_be_alone():
+    random = np.random.default_rng(0)
+    value_RL = np.clip(wavy(38) + random.normal(0, 0.05, (4, 38)), 0, 1)
+    for contrast in (12.0, 1000.0):
+        factor_RG = Planner(LARGE, 85_000_000, contrast=contrast).factors({JOINT: value_RL})
+        for value_L, factor_G in zip(value_RL, factor_RG, strict=True):
+            assert plan(LARGE, {JOINT: value_L}, 85_000_000, contrast=contrast).factors == tuple(factor_G.tolist())
 
 
 # Directions, ratios, limits

@@ -11,21 +11,31 @@ assignment through it against L*. Since value = L* - loss + price * total, an as
 L* + price * highest by its loss and by price * (highest - total); neither is negative up to the highest total. The
 chains are dealt to two sides. On each side all partial assignments are listed that lose no more than a threshold, and
 every one is joined to the best of the other side that brings the total into the range. Once the best so found falls
-short by no more than the threshold, it is the best of all; else the threshold rises. Where a list grows beyond _STATES,
-it ends there if something is found, and the threshold bounds what could be better; if not, only the best of those whose
-totals lie in the same narrow cell is kept. Where nothing is found that way either, all totals are rounded and dynamic
-programming goes over (group, step, rounded total). Solutions are always counted exactly, and only what was listed
-without cells, or what the rounding leaves proved, is said to be proved.
+short by no more than the threshold, it is the best of all; else the threshold rises.
+
+Where a list grows beyond _STATES, as it does if a few groups have most of the share and one price for all leaves too
+much open, branch and bound takes over. It splits sets of assignments in two by the step
+of one group, always the set with the largest bound. The bound of a set disregards the order along the chains and allows
+changes of step in part: log is concave, so the changes are made in the order of what they gain per parameter, as far as
+the highest total goes. The set is split at the change that the total cuts in part (if there is none, where the order
+along a chain is violated). The changes made as a whole, brought in order, are an assignment, which counts if its total
+lies in the range. This ends when no bound is more than _CLOSE above the best found, or after _NODES sets; the largest
+bound left is what is proved.
+
+Where that finds nothing either, all totals are rounded and dynamic programming goes over (group, step, rounded total).
+Totals of what is found are always counted exactly; what the rounding may hide is part of the slack.
 
 All floating-point sums are those of about a hundred numbers around 1: shortfalls that differ by less than 1e-12 count
 as equal. Shape letters: R replicates (problems that differ in shares and order only), G groups of a chain, S its steps,
-K partial assignments, C cells.
+K partial assignments, N changes of a group from a step to the one before it, C cells.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,12 +45,12 @@ Steps = list[NDArray[np.int64]]
 
 _EQUAL = 1e-12
 _STATES = 2_000  # partial assignments that a side may have
-_CELL = 1 / 10_000  # of the highest total: how alike totals are of which only the best is kept beyond _STATES
 _FEW = 400  # so many need no search for equals among them
 _FIRST_OPEN = 24  # the first threshold leaves so many (group, step) open beside the best assignment
 _RISE = 2.0
-_RISE_OF_CELLS = 3.0
 _PRICES = 26  # halvings of the range of prices, 2^-30 to 2^30 times 1 / highest
+_CLOSE = 1e-6  # a slack that is not worth more work
+_NODES = 1_000  # sets of assignments that branch and bound may look at: about 0.2 s
 _CELLS_OF_WORK = 45_000_000  # groups x steps x cells: about half a second, and as many bytes
 _MIN_CELLS, _MAX_CELLS = 20_000, 100_000
 _TRIES = 300
@@ -52,15 +62,15 @@ class Allocated:
 
     steps: along each chain, as ordered. total: the sum of p. nearest: no assignment has a total nearer to the upper
     number than this; 0 if the total lies in the range. slack: no assignment with a total up to the upper number has a
-    value larger by more than log(1 + slack); None if the total lies outside of the range. listed: whether the list did
-    it, and not the cells.
+    value larger by more than log(1 + slack); None if the total lies outside of the range. way: the last of the
+    three searches that was needed.
     """
 
     steps: Steps
     total: int
     nearest: int
     slack: float | None
-    listed: bool
+    way: Literal["list", "tree", "table"]
 
 
 def allocate(
@@ -89,9 +99,11 @@ def allocate(
     ]
     for r in range(len(price_R)):
         parts = [(p_RGS[r], v_RGS[r]) for p_RGS, v_RGS in zip(ordered, valued, strict=True)]
-        yield _List(
-            [chain.replicate(r) for chain in chains], float(price_R[r]), lowest, highest
-        ).solve() or _Table.solve(parts, lowest, highest)
+        yield (
+            _List([chain.replicate(r) for chain in chains], float(price_R[r]), lowest, highest).solve()
+            or _Tree(parts, lowest, highest).solve()
+            or _Table.solve(parts, lowest, highest)
+        )
 
 
 def _prices(
@@ -185,29 +197,14 @@ class _List:
         loss_N = np.sort(np.concatenate([chain.loss.ravel() for chain in self.chains]))
         loss_N = loss_N[loss_N > _EQUAL]
         threshold = float(loss_N[min(_FIRST_OPEN, len(loss_N) - 1)]) if loss_N.size else everything
-        proved = 0.0  # no assignment up to `highest` falls short by less
-        self._cell = 0
-        found: tuple[float, Steps, int] | None = None
-        while True:
-            sides = self._sides(threshold, self.highest)
-            if sides is None and found is None:
-                # Too many to list: from here on the best of each cell stands for the others.
-                self._cell = max(1, int(self.highest * _CELL))
-                continue
-            if sides is not None:
-                short, shortest, pair = self._join(*sides)
-                if not self._cell:
-                    proved = min(shortest, threshold)
-                if short < np.inf:
-                    found = short, *self._assignment(*sides, pair)
-            if found is not None and (sides is None or self._cell or found[0] <= threshold + _EQUAL):
-                slack = float(np.expm1(found[0] - proved))
-                return Allocated(found[1], found[2], 0, slack if slack > _EQUAL else 0.0, True)
-            if found is None and threshold >= everything:
-                return None if self._cell else self._nearest()
-            threshold = threshold * (_RISE_OF_CELLS if self._cell else _RISE)
-            if found is not None:
-                threshold = min(threshold, found[0])
+        while (sides := self._sides(threshold, self.highest)) is not None:
+            short, shortest, pair = self._join(*sides)
+            if short <= threshold + _EQUAL:
+                return Allocated(*self._assignment(*sides, pair), 0, _slack(short - min(shortest, threshold)), "list")
+            if short == np.inf and threshold >= everything:
+                return self._nearest()
+            threshold = min(threshold * _RISE, short)
+        return None
 
     def _join(self, one: _Side, other: _Side) -> tuple[float, float, tuple[int, int]]:
         """How far the best assignment listed in the range falls short, and the best up to `highest`; the parts.
@@ -241,7 +238,7 @@ class _List:
             j = int(np.lexsort((short_J, distance_J))[0])
             candidates.append((int(distance_J[j]), float(short_J[j]), (j, int(place_J[j]))))
         distance, _, pair = min(candidates)
-        return Allocated(*self._assignment(one, other, pair), distance, None, True)
+        return Allocated(*self._assignment(one, other, pair), distance, None, "list")
 
     def _assignment(self, one: _Side, other: _Side, pair: tuple[int, int]) -> tuple[Steps, int]:
         """The steps and the total of two partial assignments together."""
@@ -256,8 +253,7 @@ class _List:
     def _sides(self, threshold: float, highest: int) -> tuple[_Side, _Side] | None:
         """All partial assignments of each side that lose no more than the threshold and can keep to `highest`.
 
-        Of those of a side with the same total (where there are cells: in the same one) only the best is kept. None for
-        more than _STATES on a side, unless there are cells.
+        Of those of a side with the same total only the best is kept. None for more than _STATES on a side.
         """
         keeps = [chain.loss <= threshold + _EQUAL for chain in self.chains]
         self._fixed = [keep_GS.argmax(axis=1) for keep_GS in keeps]
@@ -306,11 +302,10 @@ class _List:
                 parent_K, chosen_K = np.nonzero(keep_KS)
                 total_K, short_K, step_K = total_KS[keep_KS], short_KS[keep_KS], step_S[chosen_K]
                 if len(total_K) > _FEW:
-                    alike_K = total_K // self._cell if self._cell else total_K
-                    kept_K = _best_of_equals(alike_K, short_K, None if g == open_G[-1] else step_K)
+                    kept_K = _best_of_equals(total_K, short_K, None if g == open_G[-1] else step_K)
                     parent_K, step_K = parent_K[kept_K], step_K[kept_K]
                     total_K, short_K = total_K[kept_K], short_K[kept_K]
-                    if len(total_K) > _STATES and not self._cell:
+                    if len(total_K) > _STATES:
                         return None
                 way.append((number, g, step_K, parent_K))
             total_K = total_K + int(fixed_p_G[before:].sum())
@@ -356,6 +351,126 @@ def _best_of_equals(
     return order_K[new_K]
 
 
+@dataclass(frozen=True)
+class _Node:
+    """A set of assignments: every group has a step from first to last.
+
+    bound: none of them with a total up to the highest is more valuable. split: a group and step; the set is to be split
+    into those up to the step and those behind it. None if the bound is the value of one of them.
+    """
+
+    first_G: NDArray[np.intp]
+    last_G: NDArray[np.intp]
+    bound: float
+    split: tuple[int, int] | None
+
+
+class _Tree:
+    """Branch and bound for one replicate; the groups of all chains are in one row."""
+
+    def __init__(
+        self, parts: Sequence[tuple[NDArray[np.int64], NDArray[np.float64]]], lowest: int, highest: int
+    ) -> None:
+        self.lowest = lowest
+        self.highest = highest
+        ends = np.cumsum([len(p_GS) for p_GS, _ in parts]).tolist()
+        self.chains = [slice(end - len(p_GS), end) for (p_GS, _), end in zip(parts, ends, strict=True)]
+        self.final_G = np.concatenate([np.full(len(p_GS), p_GS.shape[1] - 1) for p_GS, _ in parts])
+        self.place_G = np.arange(len(self.final_G))
+        widest = int(self.final_G.max()) + 1
+        self.p_GS, self.value_GS = (
+            np.concatenate([np.pad(one, ((0, 0), (0, widest - one.shape[1])), mode="edge") for one in of_chains])
+            for of_chains in zip(*parts, strict=True)
+        )
+        group_N, step_N = np.nonzero(np.arange(widest - 1) < self.final_G[:, None])
+        p_N, gain_N = (-np.diff(one, axis=1)[group_N, step_N] for one in (self.p_GS, self.value_GS))
+        rate_N = np.divide(gain_N, p_N, out=np.full(len(p_N), np.inf), where=p_N > 0)
+        order_N = np.argsort(-rate_N, kind="stable")
+        self.group_N, self.step_N = group_N[order_N], step_N[order_N]
+        self.p_N, self.gain_N, self.rate_N = p_N[order_N], gain_N[order_N], rate_N[order_N]
+        self.best_G: NDArray[np.intp] | None = None
+        self.reached = -np.inf
+        self.nodes = 0
+        self.open: list[tuple[float, int, _Node]] = []
+
+    def solve(self) -> Allocated | None:
+        """None if nothing in the range comes up."""
+        self._add(np.zeros_like(self.final_G), self.final_G, np.inf)
+        settled = -np.inf
+        while self.open and self.nodes < _NODES and -self.open[0][0] > self.reached + _CLOSE:
+            _, _, node = heappop(self.open)
+            if node.split is None:
+                settled = max(settled, node.bound)
+                continue
+            group, step = node.split
+            chain = next(chain for chain in self.chains if group < chain.stop)
+            last_G, first_G = node.last_G.copy(), node.first_G.copy()
+            last_G[chain.start : group + 1] = last_G[chain.start : group + 1].clip(max=step)
+            first_G[group : chain.stop] = first_G[group : chain.stop].clip(min=step + 1)
+            self._add(node.first_G, last_G, node.bound)
+            self._add(first_G, node.last_G, node.bound)
+        if self.best_G is None:
+            return None
+        bound = max(settled, -self.open[0][0] if self.open else -np.inf)
+        steps = [self.best_G[chain].astype(np.int64) for chain in self.chains]
+        return Allocated(steps, self._total(self.best_G), 0, _slack(bound - self.reached), "tree")
+
+    def _add(self, first_G: NDArray[np.intp], last_G: NDArray[np.intp], proved: float) -> None:
+        """Bounds a set, unless it is empty, and considers the assignment that the bound leads to.
+
+        proved: a bound that is known already.
+        """
+        total = self._total(last_G)
+        if total > self.highest or (first_G > last_G).any():
+            return
+        change_N = np.flatnonzero((self.step_N >= first_G[self.group_N]) & (self.step_N < last_G[self.group_N]))
+        total_N = total + np.cumsum(self.p_N[change_N])
+        whole = int(np.searchsorted(total_N, self.highest, side="right"))
+        made_N = change_N[:whole]
+        total = int(total_N[whole - 1]) if whole else total
+        bound = self._value(last_G) + float(self.gain_N[made_N].sum())
+        step_G = last_G - np.bincount(self.group_N[made_N], minlength=len(last_G))
+        if total >= self.lowest:
+            self._consider(step_G)
+        if whole < len(change_N):
+            cut = change_N[whole]
+            bound += (self.highest - total) * float(self.rate_N[cut])
+            split: tuple[int, int] | None = (int(self.group_N[cut]), int(self.step_N[cut]))
+        else:
+            split = self._violation(step_G)
+        node = _Node(first_G, last_G, min(proved, bound), split)
+        heappush(self.open, (-node.bound, self.nodes, node))
+        self.nodes += 1
+
+    def _consider(self, step_G: NDArray[np.intp]) -> None:
+        """Keeps an assignment, brought in order along the chains, if it is the best so far in the range."""
+        ordered_G = np.concatenate([np.maximum.accumulate(step_G[chain]) for chain in self.chains])
+        value = self._value(ordered_G)
+        if value > self.reached and self.lowest <= self._total(ordered_G) <= self.highest:
+            self.best_G, self.reached = ordered_G, value
+
+    def _violation(self, step_G: NDArray[np.intp]) -> tuple[int, int] | None:
+        """A group that has a later step than the one behind it in its chain, and the step of that one."""
+        for chain in self.chains:
+            falls = np.flatnonzero(np.diff(step_G[chain]) < 0)
+            if len(falls):
+                group = chain.start + int(falls[0])
+                return group, int(step_G[group + 1])
+        return None
+
+    def _total(self, step_G: NDArray[np.intp]) -> int:
+        return int(self.p_GS[self.place_G, step_G].sum())
+
+    def _value(self, step_G: NDArray[np.intp]) -> float:
+        return float(self.value_GS[self.place_G, step_G].sum())
+
+
+def _slack(difference: float) -> float:
+    """By which fraction a mean capacity is larger whose logarithm is larger by so much."""
+    slack = float(np.expm1(difference))
+    return slack if slack > _EQUAL else 0.0
+
+
 class _Table:
     """The largest value for every total up to `limit`, and the way to it.
 
@@ -368,8 +483,7 @@ class _Table:
         table = _Table(parts, highest)
         best = table.best(lowest, highest)
         if best is not None:
-            slack = max(0.0, float(np.expm1(table.bound(highest) - table.value(best))))
-            return Allocated(best, table.count(best), 0, slack, False)
+            return Allocated(best, table.count(best), 0, _slack(table.bound(highest) - table.value(best)), "table")
         below = table.nearest(highest, lambda total: total <= highest)
         reach = highest - (0 if below is None else table.count(below))
         table = _Table(parts, highest + reach)
@@ -378,7 +492,7 @@ class _Table:
         if below is not None and abs(table.count(below) - highest) <= abs(table.count(found) - highest):
             found = below
         total = table.count(found)
-        return Allocated(found, total, min(table.proved_distance(highest), abs(total - highest)), None, False)
+        return Allocated(found, total, min(table.proved_distance(highest), abs(total - highest)), None, "table")
 
     def __init__(self, parts: Sequence[tuple[NDArray[np.int64], NDArray[np.float64]]], limit: int) -> None:
         self.parts = parts

@@ -23,7 +23,8 @@ With steps it is the assignment whose split of the budget has the smallest Kullb
 What is guaranteed. A total within the tolerance counts as reached: among the assignments there the contributions
 decide, and another may lie nearer to the budget. If none lies there, the one whose total is nearest to the budget,
 above or below, is taken, and of equally near ones the one of the largest sum. `Plan.bound` says which of both it is and
-what is proved. allocation.py says how it is solved: in almost all cases by an exhaustive search.
+what is proved. allocation.py says how it is solved: by an exhaustive search where one ends soon, else by branch and
+bound, which leaves a bound of about 0.0001% on the models of zoo.py, whatever the contrast.
 
 Shape letters: R replicates, L blocks, G groups, S steps.
 """
@@ -297,10 +298,10 @@ class Planner:
         """What each set of contributions gives; steps per chain in the order of the groups."""
         if self.budget <= self._least or not self._places:
             last = [np.full(len(parameters_GS), parameters_GS.shape[1] - 1) for parameters_GS in self._parameters]
-            return [Allocated(last, self._least, abs(self._least - self.budget), None, True)] * R
+            return [Allocated(last, self._least, abs(self._least - self.budget), None, "list")] * R
         if self.budget >= self._most:
             first = [np.zeros(len(parameters_GS), dtype=np.int64) for parameters_GS in self._parameters]
-            return [Allocated(first, self._most, self.budget - self._most, None, True)] * R
+            return [Allocated(first, self._most, self.budget - self._most, None, "list")] * R
         value_RG = self._values(value_RL_by_stream, R)
         more = self._direction != DIRECTIONS[1]
         wish_RG = 1 + (self._contrast - 1) * (1 - value_RG if more else value_RG)

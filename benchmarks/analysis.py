@@ -1,7 +1,8 @@
 """From recorded samples to factors: this package, and the article's notebook logic written plainly.
 
 The samples are made up with the shape of SD3.5 Large's run (38 image and 37 text distances); each measurement is a
-process of its own, and memory is its peak beyond what it had after its imports. Storage is measured on the same runs.
+process of its own, and memory is its peak beyond what it had after its imports. The command that ends with a config and
+its proof is measured as a whole, with its imports. Storage is measured on the same runs.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ import bz2
 import gzip
 import itertools
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +27,9 @@ from measure import RESULTS, machine, save
 from simpletuner_layerprobe.analyse.contribution import article_contributions
 from simpletuner_layerprobe.analyse.heatmap import heatmaps
 from simpletuner_layerprobe.lokr.factors import article_factors
+from simpletuner_layerprobe.lokr.zoo import architecture
 from simpletuner_layerprobe.run.jsonl import export_jsonl, import_jsonl
-from simpletuner_layerprobe.run.manifest import SCHEMA_VERSION, Manifest, Stream
+from simpletuner_layerprobe.run.manifest import SCHEMA_VERSION, Manifest, Module, Stream
 from simpletuner_layerprobe.run.shards import Rows, ShardWriter, create_run, open_run
 
 ARTICLE_SAMPLES = 174_008
@@ -36,7 +40,13 @@ SMALL_SHARDS = "run folder, shards of 60 samples"
 PLAIN = "article's JSONL, the notebook's logic written plainly"
 
 
-def write_run(folder: Path, samples: int, rows_per_shard: int, tokens: tuple[str, ...] = ("last",)) -> None:
+def write_run(
+    folder: Path,
+    samples: int,
+    rows_per_shard: int,
+    tokens: tuple[str, ...] = ("last",),
+    modules: Sequence[Module] = (),
+) -> None:
     """A run of noisy distances around a wavy level for each block."""
     streams = tuple(
         Stream(name, tuple(f"transformer_blocks.{index}" for index in range(count))) for name, count in BLOCKS.items()
@@ -48,7 +58,7 @@ def write_run(folder: Path, samples: int, rows_per_shard: int, tokens: tuple[str
         model_class="SD3Transformer2DModel",
         streams=streams,
         tokens=tokens,
-        modules=(),
+        modules=tuple(modules),
         versions={},
         settings={},
         fingerprint="",
@@ -149,6 +159,26 @@ def measured(way: str, path: Path, times: int = 1) -> dict[str, Any]:
     }
 
 
+def whole_command(run: Path, config: Path) -> dict[str, Any]:
+    """`layerprobe lokr` from the start of its process to the proved config in a file."""
+    code = "import sys; from simpletuner_layerprobe.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "lokr", str(run), "--critical", "0,31,35", "--out", str(config)]
+    start = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout is not None
+        said = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    proof = next(line for line in said.splitlines() if line.startswith("verified: "))
+    return {
+        "seconds": round(time.perf_counter() - start, 2),
+        "peak_megabytes": round(usage.ru_maxrss * 1024 / 1e6),
+        "said": proof,
+    }
+
+
 ONE_READING = "run folder, one reading"
 TWO_READINGS = "run folder, each of two readings"
 
@@ -193,7 +223,7 @@ def main(arguments: list[str] | None = None) -> None:
     result: dict[str, Any] = {"machine": machine(), "samples": samples, "ways": {}}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_run(folder / "run", samples, 10_000)
+        write_run(folder / "run", samples, 10_000, modules=architecture("sd35-large").modules)
         write_run(folder / "shards", samples, 60)
         jsonl = folder / "run.jsonl"
         export_jsonl(open_run(folder / "run"), jsonl)
@@ -209,6 +239,9 @@ def main(arguments: list[str] | None = None) -> None:
         factors = [result["ways"][label].pop("factors") for label in runs]
         # the second run folder has other random distances
         result["same_factors"] = factors[0] == factors[2] == factors[3]
+        whole_command(folder / "run", folder / "warm.json")  # writes the bytecode
+        result["command"] = whole_command(folder / "run", folder / "lycoris_config.json")
+        print(f"  layerprobe lokr: {result['command']['seconds']} s", flush=True)
         result["storage_bytes_per_sample"] = storage(folder, jsonl, samples)
     result["slope"] = {}
     for count in options.large:

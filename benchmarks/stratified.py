@@ -8,7 +8,9 @@ contribution over the stretches, uniform by stratified, is the number of times t
 the same standard error; the gain is 1 - 1 / that. Recorded runs must come from one rank.
 
 The gain is what sigma explains of the scatter within a bin, so it is large where the distances follow sigma closely and
-images differ little. Writes results/stratified.json; a recorded pair stays in it until another is measured.
+images differ little. Recorded runs are also cut into stretches that each end when all factors of the article's recipe
+are settled, as a probe with layerprobe_stop_when_stable judges. Writes results/stratified.json; a recorded pair stays
+in it until another is measured.
 """
 
 from __future__ import annotations
@@ -20,11 +22,16 @@ from typing import Any
 import numpy as np
 from measure import RESULTS, load, machine, save
 
+from simpletuner_layerprobe.analyse.confidence import MIN_SAMPLES, Tally, confidence
 from simpletuner_layerprobe.analyse.contribution import article_averages
+from simpletuner_layerprobe.analyse.heatmap import bin_index
+from simpletuner_layerprobe.analyse.stability import GROWTH, REPLICATES
+from simpletuner_layerprobe.lokr.decision import of_preset
 from simpletuner_layerprobe.record.sigmas import stratified_sigmas
-from simpletuner_layerprobe.run.shards import open_run
+from simpletuner_layerprobe.run.shards import Run, open_run
 
 STRETCH = 100
+STEP = 10
 BINS = 10
 BLOCKS = 12
 
@@ -71,10 +78,44 @@ def made_up(sigma_N: np.ndarray, slope: float, seed: int) -> np.ndarray:
     return averages(sigma_N, {"image": distance_NL}, {"image": tuple(map(str, range(BLOCKS)))})
 
 
-def recorded(path: Path) -> np.ndarray:
-    run = open_run(path)
-    if set(run.samples_per_rank()) != {0}:
-        raise SystemExit(f"{path} was recorded by several ranks; its order of drawing is not known")
+def until_settled(run: Run) -> list[int]:
+    """The lengths of a run's consecutive stretches, of which each ends when all factors are settled.
+
+    Judged by the rules of `Stability`: every bin has its samples, and 95% of the replicates agree with every factor of
+    the recipe; asked again whenever the samples of the stretch have grown by a tenth. The rest of the run, in which
+    they do not settle, is left out, so that a long stretch is missed a little more easily than a short one.
+    """
+    decide_of = of_preset(run.manifest, None)
+    found = []
+    tally, next_samples = Tally(run.manifest, bins=BINS), float(STRETCH)
+    for rows in run.rows():
+        for start in range(0, len(rows), STEP):
+            tally.add(rows.where(slice(start, start + STEP)))
+            if tally.samples < next_samples:
+                continue
+            next_samples = GROWTH * tally.samples
+            bootstrap = tally.bootstrap(replicates=REPLICATES)
+            everywhere = all(count_T.min() >= MIN_SAMPLES for count_T in bootstrap.count_T.values())
+            if everywhere and not confidence(bootstrap, decide_of(bootstrap)).unsettled():
+                found.append(tally.samples)
+                tally, next_samples = Tally(run.manifest, bins=BINS), float(STRETCH)
+    return found
+
+
+def until_filled(run: Run) -> list[int]:
+    """The lengths of consecutive stretches that each end when every bin has the samples that a judgement needs."""
+    found = []
+    count_T, length = np.zeros(BINS, dtype=int), 0
+    for bin_t in np.concatenate([bin_index(rows.sigma_N, BINS) for rows in run.rows()]):
+        count_T[bin_t] += 1
+        length += 1
+        if count_T.min() >= MIN_SAMPLES:
+            found.append(length)
+            count_T, length = np.zeros(BINS, dtype=int), 0
+    return found
+
+
+def recorded(run: Run) -> np.ndarray:
     every = list(run.rows())
     distances = {
         stream.name: np.concatenate([rows.distances[stream.name, "last"] for rows in every]).astype(np.float64)
@@ -98,8 +139,21 @@ def main(arguments: list[str] | None = None) -> None:
     before = load("stratified", options.out) or {}
     result: dict[str, Any] = {"machine": machine(), "recorded": before.get("recorded"), "made_up": {}}
     if options.runs:
-        found = gain(*(recorded(path) for path in options.runs))
-        result["recorded"] = {"what": options.what, "date": result["machine"]["date"]} | found
+        runs = [open_run(path) for path in options.runs]
+        for run in runs:
+            if set(run.samples_per_rank()) != {0}:
+                parser.error(f"{run.path} was recorded by several ranks; its order of drawing is not known")
+        found = gain(*map(recorded, runs))
+        settled = {
+            name: {"settled": until_settled(run), "filled": until_filled(run)}
+            for name, run in zip(("uniform", "stratified"), runs, strict=True)
+        }
+        result["recorded"] = {
+            "what": options.what,
+            "date": result["machine"]["date"],
+            "samples": [run.sample_count() for run in runs],
+            "until_settled": settled,
+        } | found
     uniform_N = np.random.default_rng(0).random(options.samples)
     stratified_N = stratified_sigmas(np.arange(options.samples), seed=0)
     for slope in (0.0, 0.25, 0.5, 0.9):

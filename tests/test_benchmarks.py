@@ -34,6 +34,8 @@ def test_analysis(tmp_path):
     run(BENCHMARKS / "analysis.py", "--samples", 400, "--large", 300, 600, "--out", tmp_path)
     result = json.loads((tmp_path / "analysis.json").read_text())
     assert result["same_factors"]
+    assert result["command"]["said"].endswith("gives all 529 modules the factor meant")
+    assert result["command"]["seconds"] > 1 and result["command"]["peak_megabytes"] > 100
     assert list(result["slope"]) == ["300", "600"]
     assert all(way["seconds"] > 0 and way["extra_megabytes"] >= 0 for way in result["ways"].values())
     assert all(100 < size < 2000 for size in result["storage_bytes_per_sample"].values())
@@ -86,11 +88,41 @@ def test_stratified(tmp_path):
     assert result["recorded"]["times"] == 1 and result["recorded"]["stretches"] == [6, 6]
     low, high = result["recorded"]["interval"]
     assert low < 1 < high
+    settled = result["recorded"]["until_settled"]
+    assert settled["uniform"] == settled["stratified"] and sum(settled["uniform"]["filled"]) <= 600
+    assert result["recorded"]["samples"] == [600, 600]
     # distances that follow sigma gain more
     assert result["made_up"]["0.9"]["times"] > result["made_up"]["0.0"]["times"]
     run(BENCHMARKS / "stratified.py", *arguments)
     again = json.loads((tmp_path / "stratified.json").read_text())
     assert again["recorded"] == result["recorded"]  # a recorded pair stays until another is measured
+
+
+def test_stretches_end_when_the_factors_are_settled(tmp_path):
+    """The first one, judged again from its samples alone, and the samples of the look before it."""
+    from stratified import GROWTH, until_settled
+    from synthetic_run import SD35_LARGE, write_run
+
+    from simpletuner_layerprobe.analyse.confidence import confidence, tally
+    from simpletuner_layerprobe.lokr.decision import of_preset
+    from simpletuner_layerprobe.run.shards import ShardWriter, create_run, open_run
+
+    blocks = {stream: paths[:5] for stream, paths in SD35_LARGE.items()}
+    run = write_run(tmp_path / "run", blocks, 4000, shards=1)
+    lengths = until_settled(run)
+    assert lengths and min(lengths) >= 100 and sum(lengths) <= 4000
+    first, before = lengths[0], int(lengths[0] / GROWTH) - 20
+    (rows,) = run.rows()
+
+    def settled(samples: int) -> bool:
+        folder = tmp_path / str(samples)
+        create_run(folder, run.manifest)
+        ShardWriter(folder, run.manifest, rank=0).write(rows.where(slice(samples)))
+        bootstrap = tally(open_run(folder)).bootstrap(replicates=400)
+        found = confidence(bootstrap, of_preset(run.manifest, None)(bootstrap))
+        return not found.unsettled() and all(count_T.min() >= 10 for count_T in bootstrap.count_T.values())
+
+    assert settled(first) and not settled(before)
 
 
 def test_pairs_are_medians_of_ratios():

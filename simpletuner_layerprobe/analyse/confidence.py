@@ -328,15 +328,20 @@ def more_samples(
     least = max(1.0, MIN_SAMPLES / max(scarcest, 1))
     now = sure or confidence(bootstrap, decide)
     R = now.replicates
+    deviations_R = np.zeros(R, dtype=np.int64)
 
     def settled(times: float) -> bool:
         if times == 1:
             return bool((now.agreement_K >= share).all())
         mean_RTL = bootstrap.replicates(times)
         against_K = np.zeros(len(now.factor_K), dtype=np.int64)
+        order_R = np.argsort(-deviations_R, kind="stable")  # those first that decided otherwise before
         for first in range(0, R, _AT_ONCE):
-            _, factor_RK = decide({name: values[first : first + _AT_ONCE] for name, values in mean_RTL.items()})
-            against_K += (factor_RK != now.factor_K).sum(axis=0)
+            some = order_R[first : first + _AT_ONCE]
+            _, factor_RK = decide({name: values[some] for name, values in mean_RTL.items()})
+            against_RK = factor_RK != now.factor_K
+            against_K += against_RK.sum(axis=0)
+            deviations_R[some] += against_RK.any(axis=1)
             if ((R - against_K) / R < share).any():
                 return False  # whatever the others decide
         return True

@@ -107,11 +107,12 @@ def test_nothing_is_better_and_nothing_nearer(shape, seed, place, width):
         assert check(made, highest - int(width * highest), highest, exact=True).way == "list"
 
 
-@pytest.mark.parametrize(("nodes", "way"), [(1000, "tree"), (0, "table")])
-def test_what_is_said_to_be_proved_holds_where_lists_grow_too_long(monkeypatch, nodes, way):
-    """Lists of at most five, then branch and bound, or so little of it that only the table is left."""
+@pytest.mark.parametrize(("nodes", "cell", "way"), [(1000, 1 / 1000, "tree"), (0, 1 / 1000, "tree"), (0, 1.0, "table")])
+def test_what_is_said_to_be_proved_holds_where_lists_grow_too_long(monkeypatch, nodes, cell, way):
+    """Lists of at most five, then branch and bound; no splits, but cells; cells so wide that the table is left."""
     monkeypatch.setattr(allocation, "_STATES", 5)
     monkeypatch.setattr(allocation, "_FEW", 5)
+    monkeypatch.setattr(allocation, "_CELL", cell)
     monkeypatch.setattr(allocation, "_NODES", nodes)
     ways = []
     for seed in range(60):
@@ -162,6 +163,7 @@ def test_the_tables_bound_holds_where_totals_are_rounded(monkeypatch):
     monkeypatch.setattr(allocation, "_STATES", 0)
     monkeypatch.setattr(allocation, "_FEW", 0)
     monkeypatch.setattr(allocation, "_NODES", 0)
+    monkeypatch.setattr(allocation, "_CELL", 1.0)
     monkeypatch.setattr(allocation, "_CELLS_OF_WORK", 0)
     monkeypatch.setattr(allocation, "_MIN_CELLS", 40)
     found = []

@@ -5,6 +5,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -349,6 +350,12 @@ def test_the_bound_holds_where_totals_are_rounded():
         smaller = plan(LARGE, {JOINT: wavy(38)}, int(budget * 0.9995))
         other = np.array([numbers(group, f) for group, f in zip(LARGE, smaller.factors, strict=True)])
         assert float(share @ np.log(other)) <= value + math.log1p(found.slack) + 1e-12
+
+
+def test_the_bound_is_rounded_up():
+    found = plan(LARGE, {JOINT: wavy(38)}, 400_000_000)
+    for slack, said in ((1e-9, "0.01%"), (0.00012, "0.02%"), (0.0123, "1.23%"), (0.012301, "1.24%")):
+        assert f"more than {said} larger" in replace(found, slack=slack).bound()
 
 
 def at_random(groups: Sequence[Group], value_L: np.ndarray, share_G: np.ndarray, budget: int, seed: int) -> float:

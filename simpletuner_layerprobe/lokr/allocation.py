@@ -14,16 +14,18 @@ every one is joined to the best of the other side that brings the total into the
 short by no more than the threshold, it is the best of all; else the threshold rises.
 
 Where a list grows beyond _STATES, as it does if a few groups have most of the share and one price for all leaves too
-much open, branch and bound takes over. It splits sets of assignments in two by the step
-of one group, always the set with the largest bound. The bound of a set disregards the order along the chains and allows
-changes of step in part: log is concave, so the changes are made in the order of what they gain per parameter, as far as
-the highest total goes. The set is split at the change that the total cuts in part (if there is none, where the order
-along a chain is violated). The changes made as a whole, brought in order, are an assignment, which counts if its total
-lies in the range. This ends when no bound is more than _CLOSE above the best found, or after _NODES sets; the largest
-bound left is what is proved.
+much open, branch and bound takes over. It splits sets of assignments in two by the step of one group, always the set
+with the largest bound. The bound of a set disregards the order along the chains and allows changes of step in part: log
+is concave, so the changes are made in the order of what they gain per parameter, as far as the highest total goes. The
+set is split at the change that the total cuts in part (if there is none, where the order along a chain is violated).
+The changes made as a whole, brought in order, are an assignment, which counts if its total lies in the range. This ends
+when no bound is more than _CLOSE above the best found, or after _NODES sets; the largest bound left is what is proved.
 
-Where that finds nothing either, all totals are rounded and dynamic programming goes over (group, step, rounded total).
-Totals of what is found are always counted exactly; what the rounding may hide is part of the slack.
+Where that leaves more than _FAIR and the lists had nothing in the range, as it may be if many shares are equal, lists
+are made once more in which only the best of those stays whose totals lie in the same narrow cell, and branch and bound
+starts again from what they find. If nothing in the range was found until then, all totals are rounded and dynamic
+programming goes over (group, step, rounded total). Totals of what is found are always counted exactly; what the
+rounding may hide is part of the slack.
 
 All floating-point sums are those of about a hundred numbers around 1: shortfalls that differ by less than 1e-12 count
 as equal. Shape letters: R replicates (problems that differ in shares and order only), G groups of a chain, S its steps,
@@ -45,12 +47,14 @@ Steps = list[NDArray[np.int64]]
 
 _EQUAL = 1e-12
 _STATES = 2_000  # partial assignments that a side may have
+_CELL = 1 / 10_000  # of the highest total
 _FEW = 400  # so many need no search for equals among them
 _FIRST_OPEN = 24  # the first threshold leaves so many (group, step) open beside the best assignment
 _RISE = 2.0
 _PRICES = 26  # halvings of the range of prices, 2^-30 to 2^30 times 1 / highest
 _CLOSE = 1e-6  # a slack that is not worth more work
-_NODES = 1_000  # sets of assignments that branch and bound may look at: about 0.2 s
+_FAIR = 1e-4  # a slack that is worth a list with cells
+_NODES = 400  # sets of assignments that branch and bound may look at
 _CELLS_OF_WORK = 45_000_000  # groups x steps x cells: about half a second, and as many bytes
 _MIN_CELLS, _MAX_CELLS = 20_000, 100_000
 _TRIES = 300
@@ -99,11 +103,13 @@ def allocate(
     ]
     for r in range(len(price_R)):
         parts = [(p_RGS[r], v_RGS[r]) for p_RGS, v_RGS in zip(ordered, valued, strict=True)]
-        yield (
-            _List([chain.replicate(r) for chain in chains], float(price_R[r]), lowest, highest).solve()
-            or _Tree(parts, lowest, highest).solve()
-            or _Table.solve(parts, lowest, highest)
-        )
+        at_price = _List([chain.replicate(r) for chain in chains], float(price_R[r]), lowest, highest)
+        listed, ended = at_price.solve()
+        found = listed if ended else _Tree(parts, lowest, highest).solve(listed)
+        if listed is None and not ended and (found is None or (found.slack or 0.0) > _FAIR):
+            alike, _ = at_price.solve(max(2, int(highest * _CELL)))
+            found = _Tree(parts, lowest, highest).solve(found, alike)
+        yield found or _Table.solve(parts, lowest, highest)
 
 
 def _prices(
@@ -183,7 +189,7 @@ class _Side:
 
 
 class _List:
-    """The search for one replicate. `solve` gives None if a list grows too long."""
+    """The search for one replicate."""
 
     def __init__(self, chains: Sequence[_Priced], price: float, lowest: int, highest: int) -> None:
         self.chains = chains
@@ -191,20 +197,29 @@ class _List:
         self.lowest = lowest
         self.highest = highest
 
-    def solve(self) -> Allocated | None:
+    def solve(self, cell: int = 1) -> tuple[Allocated | None, bool]:
+        """What is found, and whether it is the best: not if a list grows too long.
+
+        cell: above 1, only the best of those whose totals lie in the same cell of this width is kept, so that no list
+        grows too long; what is found need not be the best then.
+        """
         worst = sum(float(chain.best - chain.worth.min(axis=1).sum()) for chain in self.chains)
         everything = worst + self.price * self.highest
         loss_N = np.sort(np.concatenate([chain.loss.ravel() for chain in self.chains]))
         loss_N = loss_N[loss_N > _EQUAL]
         threshold = float(loss_N[min(_FIRST_OPEN, len(loss_N) - 1)]) if loss_N.size else everything
-        while (sides := self._sides(threshold, self.highest)) is not None:
+        found = None
+        while (sides := self._sides(threshold, self.highest, cell)) is not None:
             short, shortest, pair = self._join(*sides)
-            if short <= threshold + _EQUAL:
-                return Allocated(*self._assignment(*sides, pair), 0, _slack(short - min(shortest, threshold)), "list")
-            if short == np.inf and threshold >= everything:
-                return self._nearest()
+            if short < np.inf:
+                slack = _slack(short - (min(shortest, threshold) if cell == 1 else 0.0))
+                found = Allocated(*self._assignment(*sides, pair), 0, slack, "list")
+                if short <= threshold + _EQUAL:
+                    return found, cell == 1
+            elif threshold >= everything:
+                return self._nearest(), True
             threshold = min(threshold * _RISE, short)
-        return None
+        return found, False
 
     def _join(self, one: _Side, other: _Side) -> tuple[float, float, tuple[int, int]]:
         """How far the best assignment listed in the range falls short, and the best up to `highest`; the parts.
@@ -224,7 +239,7 @@ class _List:
 
     def _nearest(self) -> Allocated | None:
         """The assignment whose total is nearest to `highest`, the most valuable among equals."""
-        sides = self._sides(np.inf, np.iinfo(np.int64).max)
+        sides = self._sides(np.inf, np.iinfo(np.int64).max, 1)
         if sides is None:
             return None
         one, other = sides
@@ -250,10 +265,11 @@ class _List:
                 k = int(parent_K[k])
         return steps, int(one.total_K[pair[0]] + other.total_K[pair[1]])
 
-    def _sides(self, threshold: float, highest: int) -> tuple[_Side, _Side] | None:
+    def _sides(self, threshold: float, highest: int, cell: int) -> tuple[_Side, _Side] | None:
         """All partial assignments of each side that lose no more than the threshold and can keep to `highest`.
 
-        Of those of a side with the same total only the best is kept. None for more than _STATES on a side.
+        Of those of a side with the same total, or in the same cell, only the best is kept. None for more than _STATES
+        on a side, unless there are cells.
         """
         keeps = [chain.loss <= threshold + _EQUAL for chain in self.chains]
         self._fixed = [keep_GS.argmax(axis=1) for keep_GS in keeps]
@@ -270,6 +286,7 @@ class _List:
                 numbers,
                 keeps,
                 threshold,
+                cell,
                 highest - sum(smallest[one] for one in range(len(keeps)) if one not in numbers),
             )
             for numbers in dealt
@@ -278,7 +295,7 @@ class _List:
         return None if one is None or other is None else (one, other)
 
     def _side(
-        self, numbers: Sequence[int], keeps: Sequence[NDArray[np.bool_]], threshold: float, highest: int
+        self, numbers: Sequence[int], keeps: Sequence[NDArray[np.bool_]], threshold: float, cell: int, highest: int
     ) -> _Side | None:
         total_K, loss_K = np.zeros(1, dtype=np.int64), np.zeros(1)
         way: list[tuple[int, int, NDArray[np.intp], NDArray[np.intp]]] = []
@@ -302,10 +319,10 @@ class _List:
                 parent_K, chosen_K = np.nonzero(keep_KS)
                 total_K, short_K, step_K = total_KS[keep_KS], short_KS[keep_KS], step_S[chosen_K]
                 if len(total_K) > _FEW:
-                    kept_K = _best_of_equals(total_K, short_K, None if g == open_G[-1] else step_K)
+                    kept_K = _best_of_equals(total_K // cell, short_K, None if g == open_G[-1] else step_K)
                     parent_K, step_K = parent_K[kept_K], step_K[kept_K]
                     total_K, short_K = total_K[kept_K], short_K[kept_K]
-                    if len(total_K) > _STATES:
+                    if len(total_K) > _STATES and cell == 1:
                         return None
                 way.append((number, g, step_K, parent_K))
             total_K = total_K + int(fixed_p_G[before:].sum())
@@ -393,9 +410,15 @@ class _Tree:
         self.nodes = 0
         self.open: list[tuple[float, int, _Node]] = []
 
-    def solve(self) -> Allocated | None:
-        """None if nothing in the range comes up."""
-        self._add(np.zeros_like(self.final_G), self.final_G, np.inf)
+    def solve(self, *before: Allocated | None) -> Allocated | None:
+        """The best of what comes up and of what was found and proved before; None if nothing is in the range."""
+        proved = np.inf
+        for found in before:
+            if found is not None and found.slack is not None:
+                step_G = np.concatenate(found.steps)
+                self._consider(step_G)
+                proved = min(proved, self._value(step_G) + float(np.log1p(found.slack)))
+        self._add(np.zeros_like(self.final_G), self.final_G, proved)
         settled = -np.inf
         while self.open and self.nodes < _NODES and -self.open[0][0] > self.reached + _CLOSE:
             _, _, node = heappop(self.open)

@@ -24,7 +24,7 @@ What is guaranteed. A total within the tolerance counts as reached: among the as
 decide, and another may lie nearer to the budget. If none lies there, the one whose total is nearest to the budget,
 above or below, is taken, and of equally near ones the one of the largest sum. `Plan.bound` says which of both it is and
 what is proved. allocation.py says how it is solved: by an exhaustive search where one ends soon, else by branch and
-bound, which leaves a bound of about 0.0001% on the models of zoo.py, whatever the contrast.
+bound (on SD3.5 and Flux.1-dev, with contrasts from 12 to a million, the slack left was 0.002% or less).
 
 Shape letters: R replicates, L blocks, G groups, S steps.
 """
@@ -36,7 +36,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
-from math import isqrt, prod
+from math import ceil, isqrt, prod
 
 import numpy as np
 from numpy.typing import NDArray
@@ -139,7 +139,7 @@ class Plan:
             if self.nearest == abs(self.gap):
                 return "no assignment of this kind has a total nearer to the budget"
             return f"no assignment of this kind is nearer to the budget than {self.nearest:,} parameters"
-        larger = f"a mean capacity (weighted by contribution) more than {self.slack:.2%} larger"
+        larger = f"a mean capacity (weighted by contribution) more than {ceil(self.slack * 1e4) / 1e4:.2%} larger"
         if not self.slack:
             larger = "a larger mean capacity (weighted by contribution)"
         return f"reached within {TOLERANCE:.1%}; no assignment of this kind that keeps to the budget has {larger}"

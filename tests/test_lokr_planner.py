@@ -486,10 +486,12 @@ def test_an_integer_program_finds_no_better_plan(budget, contrast):
 def test_replicates_are_planned_as_each_would_be_alone():
     random = np.random.default_rng(0)
     value_RL = np.clip(wavy(38) + random.normal(0, 0.05, (4, 38)), 0, 1)
-    for contrast in (12.0, 1000.0):
-        factor_RG = Planner(LARGE, 85_000_000, contrast=contrast).factors({JOINT: value_RL})
+    for contrast, direction in ((12.0, MORE), (1000.0, MORE), (12.0, UNIFORM)):
+        options = {"contrast": contrast, "direction": direction}
+        factor_RG = Planner(LARGE, 85_000_000, **options).factors({JOINT: value_RL})
+        assert factor_RG.shape == (4, len(LARGE))
         for value_L, factor_G in zip(value_RL, factor_RG, strict=True):
-            assert plan(LARGE, {JOINT: value_L}, 85_000_000, contrast=contrast).factors == tuple(factor_G.tolist())
+            assert plan(LARGE, {JOINT: value_L}, 85_000_000, **options).factors == tuple(factor_G.tolist())
 
 
 # Directions, ratios, limits

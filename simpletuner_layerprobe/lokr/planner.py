@@ -51,7 +51,8 @@ from simpletuner_layerprobe.run.manifest import Module
 FEED_FORWARD, ATTENTION, MODULATION = "feed-forward", "attention", "modulation"
 KINDS = (FEED_FORWARD, ATTENTION, MODULATION)
 ARTICLE_RATIOS = {FEED_FORWARD: 1.0, ATTENTION: 2.0, MODULATION: 1.0}
-DIRECTIONS = ("more-change-more-capacity", "more-change-less-capacity", "uniform")
+UNIFORM = "uniform"
+DIRECTIONS = ("more-change-more-capacity", "more-change-less-capacity", UNIFORM)
 JOINT = "joint"
 """The contributions of all streams combined: those of the modules that work on all of them at once."""
 
@@ -292,6 +293,9 @@ class Planner:
     def factors(self, value_RL_by_stream: Mapping[str, NDArray[np.float64]]) -> NDArray[np.int64]:
         """(R, G) the factors of the plans for R sets of contributions, as `plan` gives each, much faster."""
         R = len(next(iter(value_RL_by_stream.values())))
+        if self._direction == UNIFORM:  # no contribution counts
+            (found,) = self._allocated(value_RL_by_stream, 1)
+            return np.tile(self._factors(found), (R, 1))
         return np.array([self._factors(found) for found in self._allocated(value_RL_by_stream, R)])
 
     def _allocated(self, value_RL_by_stream: Mapping[str, NDArray[np.float64]], R: int) -> list[Allocated]:
@@ -330,7 +334,7 @@ class Planner:
 
     def _values(self, value_RL_by_stream: Mapping[str, NDArray[np.float64]], R: int) -> NDArray[np.float64]:
         """(R, G) the contribution that each group goes by."""
-        if self._direction == "uniform":
+        if self._direction == UNIFORM:
             return np.ones((R, len(self.groups)))
         value_RG = np.stack(
             [value_RL_by_stream[group.stream][:, group.number] for group in self.groups], axis=1, dtype=np.float64

@@ -130,6 +130,14 @@ def test_without_triton_the_plain_operations_do(monkeypatch, caplog):
     assert "fused kernel is not used" in caplog.records[0].getMessage()
 
 
+def test_the_kernel_can_be_switched_off(monkeypatch, caplog):
+    monkeypatch.setenv("SIMPLETUNER_LAYERPROBE_KERNEL", "0")
+    assert tried(monkeypatch, plain_angles) is None and not caplog.records
+    fused.fused_angles.cache_clear()
+    monkeypatch.setenv("SIMPLETUNER_LAYERPROBE_KERNEL", "1")
+    assert tried(monkeypatch, plain_angles) is plain_angles
+
+
 def test_no_kernel_on_other_devices(caplog):
     assert fused.fused_angles(CPU, FLOAT32, FLOAT32, plain_angles) is None and not caplog.records
 

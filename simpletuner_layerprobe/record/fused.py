@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Callable
 from functools import cache
 
@@ -13,6 +14,8 @@ DEVICES = ("cuda",)
 """Types of devices on which the kernel is tried (AMD's are called so too)."""
 TOLERANCE = 2e-6
 """By how much its angles may differ from those of torch's operations. Both are taken in float32."""
+SWITCH = "SIMPLETUNER_LAYERPROBE_KERNEL"
+"""The environment variable that switches the kernel off with "0"."""
 
 logger = logging.getLogger("SimpleTuner")
 
@@ -28,7 +31,7 @@ def fused_angles(
 
     Tried once, with the first states. If it is not to be had, one warning says why: a step takes longer then.
     """
-    if device.type not in DEVICES:
+    if device.type not in DEVICES or os.environ.get(SWITCH) == "0":
         return None
     try:
         from simpletuner_layerprobe.record.fused_kernel import angles

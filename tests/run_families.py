@@ -42,7 +42,14 @@ def main(names: list[str]) -> int:
     for name in names or known:
         pid = os.fork()
         if pid == 0:
-            os._exit(run_family(name, lines))
+            # Whatever happens, not through the exit handlers: those of onnxruntime wait for threads that a fork lacks.
+            code = 1
+            try:
+                code = run_family(name, lines)
+            except Exception:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
         failed |= os.waitpid(pid, 0)[1] != 0
     return int(failed)
 

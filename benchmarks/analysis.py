@@ -27,10 +27,10 @@ from measure import RESULTS, machine, save
 from simpletuner_layerprobe.analyse.contribution import article_contributions
 from simpletuner_layerprobe.analyse.heatmap import heatmaps
 from simpletuner_layerprobe.lokr.factors import article_factors
-from simpletuner_layerprobe.lokr.zoo import architecture
-from simpletuner_layerprobe.run.jsonl import export_jsonl, import_jsonl
+from simpletuner_layerprobe.models import architecture
+from simpletuner_layerprobe.run.article import export_jsonl, import_jsonl
 from simpletuner_layerprobe.run.manifest import SCHEMA_VERSION, Manifest, Module, Stream
-from simpletuner_layerprobe.run.shards import Rows, ShardWriter, create_run, open_run
+from simpletuner_layerprobe.run.records import Rows, ShardWriter, create_run, open_run
 
 ARTICLE_SAMPLES = 174_008
 BLOCKS = {"image": 38, "text": 37}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from simpletuner_layerprobe.families import Family, family
+from simpletuner_layerprobe.probe.families import Family, family
 
 
 @dataclass(frozen=True)

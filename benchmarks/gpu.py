@@ -24,8 +24,8 @@ from denoisers import Subject, subject
 from measure import PROBE, RESULTS, Times, machine, paired, save
 from ways import Probe, Way, bare, ways, without_kernel
 
-from simpletuner_layerprobe.record.distance import plain_angles
-from simpletuner_layerprobe.record.fused import fused_angles
+from simpletuner_layerprobe.probe.angles import plain_angles
+from simpletuner_layerprobe.probe.fused import fused_angles
 
 PLAIN_PROBE = f"{PROBE}, without the fused kernel"
 MODELS = {"sd3.5-large": "sd3-tiny", "flux.1-dev": "flux-tiny"}

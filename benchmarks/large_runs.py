@@ -23,7 +23,7 @@ import numpy as np
 from analysis import BLOCKS, write_run
 from measure import machine, save
 
-from simpletuner_layerprobe.run.shards import open_run
+from simpletuner_layerprobe.run.records import open_run
 
 CLI = (sys.executable, "-m", "simpletuner_layerprobe.cli")
 

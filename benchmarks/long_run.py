@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from denoisers import subject
 
-from simpletuner_layerprobe.record.rows import Facts
-from simpletuner_layerprobe.record.session import Session
-from simpletuner_layerprobe.run.shards import open_run
-from simpletuner_layerprobe.settings import ProbeSettings
+from simpletuner_layerprobe.probe.rows import Facts
+from simpletuner_layerprobe.run.records import open_run
+from simpletuner_layerprobe.training.options import ProbeSettings
+from simpletuner_layerprobe.training.session import Session
 
 
 def state() -> dict[str, int]:

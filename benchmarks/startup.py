@@ -57,7 +57,7 @@ def autoload(python: str, pth: Path, environment: dict[str, str], pairs: int) ->
 def import_simpletuner(environment: dict[str, str], pairs: int) -> dict[str, Any] | None:
     """Seconds of `import simpletuner` with and without the autoload before it; None where it is not installed."""
     plain = "import simpletuner"
-    hooked = f"import simpletuner_layerprobe.autoload; {plain}"
+    hooked = f"import simpletuner_layerprobe.training.autoload; {plain}"
     environment = environment | {"SIMPLETUNER_LAYERPROBE": "0", "PYTHONPATH": str(ROOT)}
     try:
         run([sys.executable, "-c", hooked], environment)

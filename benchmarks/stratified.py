@@ -22,13 +22,13 @@ from typing import Any
 import numpy as np
 from measure import RESULTS, load, machine, save
 
-from simpletuner_layerprobe.analyse.confidence import MIN_SAMPLES, Tally, confidence
+from simpletuner_layerprobe.analyse.bootstrap import MIN_SAMPLES, Tally, confidence
 from simpletuner_layerprobe.analyse.contribution import article_averages
 from simpletuner_layerprobe.analyse.heatmap import bin_index
-from simpletuner_layerprobe.analyse.stability import GROWTH, REPLICATES
+from simpletuner_layerprobe.analyse.settled import GROWTH, REPLICATES
 from simpletuner_layerprobe.lokr.decision import of_preset
-from simpletuner_layerprobe.record.sigmas import stratified_sigmas
-from simpletuner_layerprobe.run.shards import Run, open_run
+from simpletuner_layerprobe.run.records import Run, open_run
+from simpletuner_layerprobe.training.sigmas import stratified_sigmas
 
 STRETCH = 100
 STEP = 10

@@ -18,11 +18,11 @@ from denoisers import Subject
 from measure import CHECKPOINTED, PROBE
 from torch.nn import functional as F
 
-from simpletuner_layerprobe.families import Block, find_blocks
-from simpletuner_layerprobe.record import distance
-from simpletuner_layerprobe.record.observer import Observer
-from simpletuner_layerprobe.record.rows import Facts, RowBuffer
-from simpletuner_layerprobe.run.readings import TOKENS, parse_reading
+from simpletuner_layerprobe.probe import angles as distance
+from simpletuner_layerprobe.probe.families import Block, find_blocks
+from simpletuner_layerprobe.probe.observer import Observer
+from simpletuner_layerprobe.probe.rows import Facts, RowBuffer
+from simpletuner_layerprobe.readings import TOKENS, parse_reading
 
 Step = Callable[[], object]
 Way = Callable[[Subject], Any]  # a context manager that gives the step

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-from simpletuner_layerprobe import ProbeError, __version__
+from simpletuner_layerprobe import __version__
 from simpletuner_layerprobe.commands import (
     check_config,
     compact,
@@ -24,6 +24,7 @@ from simpletuner_layerprobe.commands import (
     status,
 )
 from simpletuner_layerprobe.commands.arguments import Parser
+from simpletuner_layerprobe.errors import ProbeError
 
 COMMANDS = (doctor, status, heatmap, findings, report, compare, lokr, check_config, import_file, export, merge, compact)
 PROBLEM, INTERRUPTED = 1, 130

@@ -19,7 +19,8 @@ hypothesis.settings.load_profile("steady")
 
 TESTS = Path(__file__).parent
 EXAMPLES = TESTS.parent / "examples"
-sys.path.insert(0, str(TESTS))
+for folder in (TESTS, *(TESTS / name for name in ("unit", "torch", "simpletuner", "robustness"))):
+    sys.path.insert(0, str(folder))
 
 
 @pytest.fixture(scope="session")

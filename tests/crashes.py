@@ -23,10 +23,10 @@ from pathlib import Path
 import numpy as np
 from synthetic_run import manifest, rows
 
-from simpletuner_layerprobe import ProbeError
+from simpletuner_layerprobe.errors import ProbeError
 from simpletuner_layerprobe.run.compact import compact
 from simpletuner_layerprobe.run.merge import merge
-from simpletuner_layerprobe.run.shards import ShardWriter, create_run, open_run
+from simpletuner_layerprobe.run.records import ShardWriter, create_run, open_run
 
 STEPS = {"open", "os.rename", "os.remove", "os.link", "os.mkdir", "os.rmdir", "os.listdir"}
 MANIFEST = manifest({"image": ("a", "b")}, tokens=("last",))

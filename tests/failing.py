@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from simpletuner_layerprobe import ProbeError
+from simpletuner_layerprobe.errors import ProbeError
 
 
 def fails(text: str) -> Any:

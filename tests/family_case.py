@@ -27,10 +27,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from simpletuner_layerprobe import families
-from simpletuner_layerprobe.record.noise import RULES, sigma_of
-from simpletuner_layerprobe.record.observer import Observer
-from simpletuner_layerprobe.record.trainer import text_mask
+from simpletuner_layerprobe.probe import families
+from simpletuner_layerprobe.probe.observer import Observer
+from simpletuner_layerprobe.training.noise import RULES, sigma_of
+from simpletuner_layerprobe.training.trainer import text_mask
 
 BATCH = 2  # samples, with different text lengths
 LONGEST = 4  # blocks in a row whose distance is compared
@@ -366,12 +366,12 @@ def prove_targets(denoiser: nn.Module, entry: families.Family, streams: Mapping[
     The planner's config for half of its parameters is built as well, and plans by ranks for LoHa, LoCon (LyCORIS) and
     LoRA (PEFT); each must be exactly what was counted. Budgets that are out of reach get the nearest end.
     """
-    from simpletuner_layerprobe.lokr import planner
+    from simpletuner_layerprobe.lokr import plan as planner
     from simpletuner_layerprobe.lokr.config import article_config, article_plan, planned_config
     from simpletuner_layerprobe.lokr.lora import verify_lora
+    from simpletuner_layerprobe.lokr.proof import verify
     from simpletuner_layerprobe.lokr.ranks import rank_config, rank_plan, ranks_for_budget
-    from simpletuner_layerprobe.lokr.verify import verify
-    from simpletuner_layerprobe.run.modules import module_table
+    from simpletuner_layerprobe.probe.modules import module_table
 
     blocks = list(dict.fromkeys(path for paths in streams.values() for path in paths))
     factors = [1 + index % 4 for index in range(len(blocks))]

@@ -16,8 +16,9 @@ import torch
 import triton.language as tl
 from triton.runtime.interpreter import TensorHandle
 
-from simpletuner_layerprobe.record import fused, fused_kernel
-from simpletuner_layerprobe.record.distance import plain_angles
+from simpletuner_layerprobe.probe import angles_kernel as fused_kernel
+from simpletuner_layerprobe.probe import fused
+from simpletuner_layerprobe.probe.angles import plain_angles
 
 
 def atan2(y: tl.tensor, x: tl.tensor) -> tl.tensor:

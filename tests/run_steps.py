@@ -21,7 +21,7 @@ from denoisers import Subject, subject
 from overhead import peak_bytes, syncs
 from ways import Probe, Step, bare, item_per_block, kept
 
-from simpletuner_layerprobe.record.observer import Observer
+from simpletuner_layerprobe.probe.observer import Observer
 
 PLANTED_BYTES = 1 << 20
 

@@ -10,7 +10,7 @@ def another_trainer() -> None:
     """A SimpleTuner whose Trainer lacks one of the methods that the probe wraps."""
     from simpletuner.helpers.training import trainer
 
-    from simpletuner_layerprobe.record import trainer as probe
+    from simpletuner_layerprobe.training import trainer as probe
 
     probe.uninstall(trainer)
     del trainer.Trainer._any_rank_reached_epoch_end
@@ -65,7 +65,7 @@ def webui_fields() -> None:
 
 def unknown_family() -> None:
     """A probe whose table does not have Flux."""
-    from simpletuner_layerprobe import families
+    from simpletuner_layerprobe.probe import families
 
     families.FAMILIES = tuple(entry for entry in families.FAMILIES if entry.name != "flux")
 
@@ -140,7 +140,7 @@ def jumping_clock() -> None:
 
 def eager_trackers() -> None:
     """Trackers that see every flush instead of one a minute."""
-    from simpletuner_layerprobe.record import live
+    from simpletuner_layerprobe.training import live
 
     live.EVERY_SECONDS = 0.0
     live.COST = float("inf")
@@ -175,8 +175,8 @@ def parsed_examples() -> None:
     from simpletuner.helpers.data_backend.config import create_backend_config
     from simpletuner.helpers.data_backend.factory import FactoryRegistry, init_backend_config
 
-    from simpletuner_layerprobe.record import trainer as probe
-    from simpletuner_layerprobe.settings import ProbeSettings
+    from simpletuner_layerprobe.training import trainer as probe
+    from simpletuner_layerprobe.training.options import ProbeSettings
 
     accelerator = SimpleNamespace(is_main_process=True, is_local_main_process=True, num_processes=1, process_index=0)
     start = Path.cwd()

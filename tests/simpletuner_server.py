@@ -55,7 +55,7 @@ def run(job: dict, train: str) -> None:
     code = 1
     try:
         if os.environ["SIMPLETUNER_LAYERPROBE"] != "0":
-            import simpletuner_layerprobe.autoload  # noqa: F401
+            import simpletuner_layerprobe.training.autoload  # noqa: F401
         if job["setup"]:
             path, function = job["setup"].rsplit(":", 1)
             sys.path.insert(0, os.path.dirname(path))

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from simpletuner_layerprobe.readings import UPDATE_COSINE, extra_readings
 from simpletuner_layerprobe.run.manifest import EXTRA_SCHEMA, SCHEMA_VERSION, Manifest, Module, Stream
-from simpletuner_layerprobe.run.readings import UPDATE_COSINE, extra_readings
-from simpletuner_layerprobe.run.shards import Rows, Run, ShardWriter, create_run, open_run
+from simpletuner_layerprobe.run.records import Rows, Run, ShardWriter, create_run, open_run
 
 SD35_LARGE = {
     "image": tuple(f"transformer_blocks.{i}" for i in range(38)),

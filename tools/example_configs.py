@@ -79,8 +79,8 @@ class Effect:
 
 def effect(config: Mapping[str, Any], model: Model) -> Effect:
     """Build a config on a model and say how the result differs from what the config says."""
-    from simpletuner_layerprobe import ProbeError
-    from simpletuner_layerprobe.lokr.verify import check_config
+    from simpletuner_layerprobe.errors import ProbeError
+    from simpletuner_layerprobe.lokr.proof import check_config
 
     try:
         check = check_config(config, model.modules, model_class=model.model_class)
@@ -130,7 +130,7 @@ def defaults() -> dict[str, dict[str, Any]]:
 
 
 def defaults_section() -> str:
-    from simpletuner_layerprobe.lokr.zoo import architecture
+    from simpletuner_layerprobe.models import architecture
 
     with _quiet():
         architectures = {name: architecture(name) for name in ZOO}
@@ -145,7 +145,7 @@ def defaults_section() -> str:
 def examples_section() -> str:
     from simpletuner.helpers.models.all import ModelRegistry
 
-    from simpletuner_layerprobe.families import FAMILIES
+    from simpletuner_layerprobe.probe.families import FAMILIES
 
     registry = ModelRegistry.model_families()
     _check_zoo(registry)
@@ -186,7 +186,7 @@ def examples_section() -> str:
 def _model(family: str, entry: Any) -> Model:
     import torch
 
-    from simpletuner_layerprobe.run.modules import module_table
+    from simpletuner_layerprobe.probe.modules import module_table
 
     sizes, settings = SIZES.get(family, ("class defaults", {}))
     with _quiet(), torch.device("meta"):
@@ -198,8 +198,8 @@ def _check_zoo(registry: Mapping[str, Any]) -> None:
     """Stop if a table of the zoo is not that of the class that SimpleTuner trains (the lists of blocks may differ)."""
     import torch
 
-    from simpletuner_layerprobe.lokr.zoo import NAMED, architecture
-    from simpletuner_layerprobe.run.modules import module_table
+    from simpletuner_layerprobe.models import NAMED, architecture
+    from simpletuner_layerprobe.probe.modules import module_table
 
     for name in ZOO:
         with _quiet():

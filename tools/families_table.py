@@ -27,7 +27,7 @@ def run() -> list[dict]:
 
 def table(lines: list[dict]) -> str:
     """The Markdown table, between its two marks."""
-    from simpletuner_layerprobe.families import FAMILIES, REFUSED
+    from simpletuner_layerprobe.probe.families import FAMILIES, REFUSED
 
     rows = {}
     for family in FAMILIES:

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simpletuner_layerprobe import ProbeError
-from simpletuner_layerprobe.analyse.confidence import (
+from simpletuner_layerprobe.analyse.bootstrap import (
     SHARE,
     Bootstrap,
     Confidence,
@@ -27,10 +26,11 @@ from simpletuner_layerprobe.analyse.confidence import (
 )
 from simpletuner_layerprobe.analyse.contribution import article_contributions
 from simpletuner_layerprobe.analyse.heatmap import Heatmap, all_blocks
+from simpletuner_layerprobe.errors import ProbeError
 
 if TYPE_CHECKING:
     from simpletuner_layerprobe.run.manifest import Manifest
-    from simpletuner_layerprobe.run.shards import Run
+    from simpletuner_layerprobe.run.records import Run
 
 ALPHA = 0.05
 """The chance that a comparison of two runs of the same truth shows any change at all."""

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from simpletuner_layerprobe import ProbeError
 from simpletuner_layerprobe.analyse.heatmap import Heatmap, all_blocks, common_blocks
+from simpletuner_layerprobe.errors import ProbeError
 
 TUKEY_FAR_OUT = 3.0
 """Tukey's "far out" fence lies this many interquartile ranges above the third quartile."""

@@ -16,9 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simpletuner_layerprobe.analyse.contribution import TUKEY_FAR_OUT, far_out
-from simpletuner_layerprobe.analyse.heatmap import all_blocks, bin_edges
-from simpletuner_layerprobe.analyse.observation import (
+from simpletuner_layerprobe.analyse.conditions import (
     BACKEND,
     CONTINUOUS,
     DROPPED,
@@ -26,6 +24,8 @@ from simpletuner_layerprobe.analyse.observation import (
     Observation,
     StreamObservation,
 )
+from simpletuner_layerprobe.analyse.contribution import TUKEY_FAR_OUT, far_out
+from simpletuner_layerprobe.analyse.heatmap import all_blocks, bin_edges
 
 ALPHA = 0.05
 CONDITIONS = (*CONTINUOUS, DROPPED, BACKEND)

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from simpletuner_layerprobe import ProbeError
-from simpletuner_layerprobe.run.readings import ANGLE, Reading, parse_reading
+from simpletuner_layerprobe.errors import ProbeError
+from simpletuner_layerprobe.readings import ANGLE, Reading, parse_reading
 
 if TYPE_CHECKING:
     from simpletuner_layerprobe.run.manifest import Stream
-    from simpletuner_layerprobe.run.shards import Run
+    from simpletuner_layerprobe.run.records import Run
 
 
 @dataclass(frozen=True)

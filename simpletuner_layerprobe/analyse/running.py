@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from simpletuner_layerprobe.analyse.confidence import Tally
-from simpletuner_layerprobe.run.shards import Pieces, open_run
+from simpletuner_layerprobe.analyse.bootstrap import Tally
+from simpletuner_layerprobe.run.records import Pieces, open_run
 
 
 class RunningTally:

@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simpletuner_layerprobe.analyse.heatmap import bin_index
-from simpletuner_layerprobe.run.readings import parse_reading
+from simpletuner_layerprobe.readings import parse_reading
 
 if TYPE_CHECKING:
-    from simpletuner_layerprobe.run.shards import Run
+    from simpletuner_layerprobe.run.records import Run
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import NoReturn, Protocol
 
-from simpletuner_layerprobe import ProbeError
-from simpletuner_layerprobe.preset import preset_parameters, whole_amount
+from simpletuner_layerprobe.errors import ProbeError
+from simpletuner_layerprobe.lokr.amounts import preset_parameters, whole_amount
 
 USAGE = 2
 MAX_BINS = 1000

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from simpletuner_layerprobe import ProbeError
 from simpletuner_layerprobe.commands.arguments import KNOWN_MODELS, Add
 from simpletuner_layerprobe.commands.imports import diffusers_for_tables, lycoris_for_proofs
 from simpletuner_layerprobe.commands.output import OK, quiet
+from simpletuner_layerprobe.errors import ProbeError
 
 
 def add_parser(add: Add) -> None:
@@ -31,7 +31,7 @@ def add_parser(add: Add) -> None:
 
 def command(arguments: argparse.Namespace) -> int:
     from simpletuner_layerprobe.lokr.config import read_config
-    from simpletuner_layerprobe.lokr.verify import check_config
+    from simpletuner_layerprobe.lokr.proof import check_config
     from simpletuner_layerprobe.run.manifest import read_manifest
 
     config = read_config(arguments.config)
@@ -43,7 +43,7 @@ def command(arguments: argparse.Namespace) -> int:
                 f"{arguments.run} has no module table (imported without --model); name the model with --model"
             )
     else:
-        from simpletuner_layerprobe.lokr.zoo import architecture
+        from simpletuner_layerprobe.models import architecture
 
         with quiet(), diffusers_for_tables(arguments):
             model = architecture(arguments.model)

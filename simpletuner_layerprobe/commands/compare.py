@@ -40,13 +40,13 @@ def add_parser(add: Add) -> None:
 def command(arguments: argparse.Namespace) -> int:
     from simpletuner_layerprobe.analyse.compare import as_json, compare
     from simpletuner_layerprobe.lokr.factors import article_factors
-    from simpletuner_layerprobe.run.shards import open_run
+    from simpletuner_layerprobe.run.records import open_run
 
     run_a, run_b = open_run(arguments.a), open_run(arguments.b)
     found = compare(run_a, run_b, article_factors, tokens=arguments.tokens, bins=arguments.bins)
     out = None
     if arguments.out is not None:
-        from simpletuner_layerprobe.report.compare_page import compare_page
+        from simpletuner_layerprobe.show.compare_page import compare_page
 
         out = Path(arguments.out)
         out = out if out.suffix == ".html" and not out.is_dir() else out / "compare.html"

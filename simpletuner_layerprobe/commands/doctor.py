@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from simpletuner_layerprobe import ProbeError
 from simpletuner_layerprobe.commands.arguments import Add
 from simpletuner_layerprobe.commands.output import OK
+from simpletuner_layerprobe.errors import ProbeError
 
 
 def add_parser(add: Add) -> None:
@@ -20,7 +20,7 @@ def add_parser(add: Add) -> None:
 
 
 def command(arguments: argparse.Namespace) -> int:
-    from simpletuner_layerprobe.record import doctor
+    from simpletuner_layerprobe.training import doctor
 
     found = doctor.checks()
     width = max((len(check.name) for check in found), default=0)

@@ -29,8 +29,8 @@ def add_parser(add: Add) -> None:
 
 
 def command(arguments: argparse.Namespace) -> int:
-    from simpletuner_layerprobe.run.jsonl import export_jsonl
-    from simpletuner_layerprobe.run.shards import open_run
+    from simpletuner_layerprobe.run.article import export_jsonl
+    from simpletuner_layerprobe.run.records import open_run
     from simpletuner_layerprobe.run.tables import export_csv, export_parquet
 
     name = arguments.file.lower()

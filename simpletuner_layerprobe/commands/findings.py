@@ -25,10 +25,10 @@ def add_parser(add: Add) -> None:
 
 
 def command(arguments: argparse.Namespace) -> int:
+    from simpletuner_layerprobe.analyse.conditions import observe
     from simpletuner_layerprobe.analyse.findings import TITLES, as_json, chance, findings, words
     from simpletuner_layerprobe.analyse.heatmap import all_blocks
-    from simpletuner_layerprobe.analyse.observation import observe
-    from simpletuner_layerprobe.run.shards import open_run
+    from simpletuner_layerprobe.run.records import open_run
 
     run = open_run(arguments.run)
     observation = observe(run, tokens=arguments.tokens, bins=arguments.bins)

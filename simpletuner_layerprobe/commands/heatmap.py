@@ -7,13 +7,13 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from simpletuner_layerprobe import ProbeError
 from simpletuner_layerprobe.commands.arguments import Add, add_bins, add_run, add_tokens
 from simpletuner_layerprobe.commands.output import OK, model_name, replace_files, sample_warnings, warn
-from simpletuner_layerprobe.run.readings import UPDATE_COSINE, UPDATE_NORM
+from simpletuner_layerprobe.errors import ProbeError
+from simpletuner_layerprobe.readings import UPDATE_COSINE, UPDATE_NORM
 
 if TYPE_CHECKING:
-    from simpletuner_layerprobe.run.shards import Run
+    from simpletuner_layerprobe.run.records import Run
 
 PAIRS = "pairs"
 
@@ -47,8 +47,8 @@ def command(arguments: argparse.Namespace) -> int:
     from simpletuner_layerprobe.analyse.contribution import article_contributions
     from simpletuner_layerprobe.analyse.heatmap import combined, heatmaps
     from simpletuner_layerprobe.lokr.factors import article_factors
-    from simpletuner_layerprobe.report import figures
-    from simpletuner_layerprobe.run.shards import open_run
+    from simpletuner_layerprobe.run.records import open_run
+    from simpletuner_layerprobe.show import figures
 
     run = open_run(arguments.run)
     if arguments.reading != "angle":
@@ -81,7 +81,7 @@ def command(arguments: argparse.Namespace) -> int:
 def _draw_reading(run: Run, arguments: argparse.Namespace) -> int:
     """The figure and the arrays of a further reading."""
     from simpletuner_layerprobe.analyse.heatmap import heatmaps, pair_heatmaps
-    from simpletuner_layerprobe.report import figures
+    from simpletuner_layerprobe.show import figures
 
     reading, tokens = arguments.reading, arguments.tokens
     look: dict[str, Any] = {"model": model_name(run.manifest), "file_format": arguments.format}

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from simpletuner_layerprobe import ProbeError
 from simpletuner_layerprobe.commands.arguments import KNOWN_MODELS, Add, add_tokens
 from simpletuner_layerprobe.commands.imports import diffusers_for_tables
 from simpletuner_layerprobe.commands.output import OK, quiet
+from simpletuner_layerprobe.errors import ProbeError
 
 
 def add_parser(add: Add) -> None:
@@ -32,11 +32,11 @@ def add_parser(add: Add) -> None:
 
 
 def command(arguments: argparse.Namespace) -> int:
-    from simpletuner_layerprobe.run.jsonl import import_jsonl
+    from simpletuner_layerprobe.run.article import import_jsonl
 
     known: dict[str, Any] = {}
     if arguments.model is not None:
-        from simpletuner_layerprobe.lokr.zoo import architecture
+        from simpletuner_layerprobe.models import architecture
 
         with quiet(), diffusers_for_tables(arguments):
             model = architecture(arguments.model)

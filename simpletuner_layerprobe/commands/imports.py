@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 def lycoris_for_proofs(arguments: argparse.Namespace) -> AbstractContextManager[None]:
     """Around a call that imports LyCORIS: without what no skeleton holds, if this process is the command's own."""
-    from simpletuner_layerprobe.lokr.verify import NOT_IN_A_SKELETON
+    from simpletuner_layerprobe.lokr.proof import NOT_IN_A_SKELETON
 
     return first_import("lycoris", NOT_IN_A_SKELETON) if arguments.own_process else nullcontext()
 
@@ -33,7 +33,7 @@ def diffusers_for_tables(arguments: argparse.Namespace) -> AbstractContextManage
 
     A class that a config.json names may need any of it.
     """
-    from simpletuner_layerprobe.lokr.zoo import NAMED, NOT_IN_THE_NAMED
+    from simpletuner_layerprobe.models import NAMED, NOT_IN_THE_NAMED
 
     light = arguments.own_process and arguments.model in NAMED
     return first_import("diffusers", NOT_IN_THE_NAMED) if light else nullcontext()

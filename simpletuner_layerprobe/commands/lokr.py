@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 
-from simpletuner_layerprobe import ProbeError
 from simpletuner_layerprobe.commands.arguments import (
     KNOWN_MODELS,
     MAX_FACTOR,
@@ -30,7 +29,8 @@ from simpletuner_layerprobe.commands.lokr_output import Intervals, as_result, pr
 from simpletuner_layerprobe.commands.lokr_ranks import lokr_by_ranks
 from simpletuner_layerprobe.commands.output import OK, print_json, quiet, sample_warnings, warn
 from simpletuner_layerprobe.commands.settled import confidence_of
-from simpletuner_layerprobe.preset import PARAMETERS, SIZES
+from simpletuner_layerprobe.errors import ProbeError
+from simpletuner_layerprobe.lokr.amounts import PARAMETERS, SIZES
 
 FAR_FROM_BUDGET = 0.005
 
@@ -172,13 +172,13 @@ def add_parser(add: Add) -> None:
 
 
 def command(arguments: argparse.Namespace) -> int:
-    from simpletuner_layerprobe import families
     from simpletuner_layerprobe.analyse.contribution import article_contributions
     from simpletuner_layerprobe.analyse.heatmap import heatmaps
     from simpletuner_layerprobe.lokr import config as lokr_config
     from simpletuner_layerprobe.lokr import decision
     from simpletuner_layerprobe.lokr.factors import article_factors
-    from simpletuner_layerprobe.run.shards import open_run
+    from simpletuner_layerprobe.probe import families
+    from simpletuner_layerprobe.run.records import open_run
 
     budgeted = check_options(arguments)
     if arguments.model is not None:
@@ -252,7 +252,7 @@ def command(arguments: argparse.Namespace) -> int:
         config = lokr_config.article_config(contribution.blocks, factors, targets)
     check = None
     if manifest.modules:
-        from simpletuner_layerprobe.lokr.verify import verify
+        from simpletuner_layerprobe.lokr.proof import verify
 
         meant = (
             plan.planned if plan else lokr_config.article_plan(contribution.blocks, factors, targets, manifest.modules)
@@ -289,12 +289,12 @@ def _lokr_of_model(arguments: argparse.Namespace) -> int:
     """`lokr --model`: no run, so every block counts the same, and only the budget decides."""
     import numpy as np
 
-    from simpletuner_layerprobe import families
     from simpletuner_layerprobe.analyse.contribution import Contribution
     from simpletuner_layerprobe.analyse.heatmap import all_blocks
     from simpletuner_layerprobe.lokr import config as lokr_config
-    from simpletuner_layerprobe.lokr.verify import verify
-    from simpletuner_layerprobe.lokr.zoo import architecture
+    from simpletuner_layerprobe.lokr.proof import verify
+    from simpletuner_layerprobe.models import architecture
+    from simpletuner_layerprobe.probe import families
     from simpletuner_layerprobe.run.manifest import SCHEMA_VERSION, Manifest
 
     with quiet(), diffusers_for_tables(arguments):

@@ -6,10 +6,10 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from simpletuner_layerprobe import ProbeError
 from simpletuner_layerprobe.commands.imports import lycoris_for_proofs
 from simpletuner_layerprobe.commands.output import quiet, warn
-from simpletuner_layerprobe.preset import BF16_BYTES
+from simpletuner_layerprobe.errors import ProbeError
+from simpletuner_layerprobe.lokr.amounts import BF16_BYTES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from simpletuner_layerprobe.analyse.contribution import Contribution
     from simpletuner_layerprobe.analyse.heatmap import Heatmap
-    from simpletuner_layerprobe.lokr.planner import Planner
+    from simpletuner_layerprobe.lokr.plan import Planner
     from simpletuner_layerprobe.run.manifest import Manifest, Module
 
 ARTICLE_MAX_FACTOR = 12
@@ -87,7 +87,7 @@ def budget_of(arguments: argparse.Namespace, modules: Sequence[Module], model_cl
     if arguments.size is not None:
         return int(arguments.size) // BF16_BYTES
     from simpletuner_layerprobe.lokr.config import read_config
-    from simpletuner_layerprobe.lokr.verify import check_config
+    from simpletuner_layerprobe.lokr.proof import check_config
 
     with quiet(), lycoris_for_proofs(arguments):
         like = check_config(read_config(arguments.like), modules, model_class=model_class, where=arguments.like)
@@ -109,9 +109,9 @@ def planner_of(
     contribution: Contribution,
 ) -> tuple[Planner, dict[str, NDArray[np.float64]]]:
     """The planner that the options of `lokr` ask for, and the contributions that it goes by, by stream."""
-    from simpletuner_layerprobe import families
     from simpletuner_layerprobe.analyse.contribution import stream_contributions
-    from simpletuner_layerprobe.lokr import planner
+    from simpletuner_layerprobe.lokr import plan as planner
+    from simpletuner_layerprobe.probe import families
 
     freeze, full = arguments.freeze or (), arguments.full or ()
     for option, numbers in (("--freeze", freeze), ("--full", full)):

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 from simpletuner_layerprobe.commands.output import size_text
 from simpletuner_layerprobe.commands.settled import settled_text, share_text
-from simpletuner_layerprobe.preset import BF16_BYTES
+from simpletuner_layerprobe.lokr.amounts import BF16_BYTES
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from simpletuner_layerprobe.analyse.confidence import Confidence
+    from simpletuner_layerprobe.analyse.bootstrap import Confidence
     from simpletuner_layerprobe.analyse.contribution import Contribution
-    from simpletuner_layerprobe.lokr.planner import Plan
-    from simpletuner_layerprobe.lokr.verify import Check
+    from simpletuner_layerprobe.lokr.plan import Plan
+    from simpletuner_layerprobe.lokr.proof import Check
     from simpletuner_layerprobe.run.manifest import Manifest
 
 # stream -> the interval of each block's contribution in that stream alone, low and high.

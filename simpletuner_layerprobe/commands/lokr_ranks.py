@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from simpletuner_layerprobe import ProbeError
 from simpletuner_layerprobe.commands.imports import lycoris_for_proofs, peft_for_proofs
 from simpletuner_layerprobe.commands.lokr_options import (
     ARTICLE_MAX_FACTOR,
@@ -21,17 +20,18 @@ from simpletuner_layerprobe.commands.lokr_options import (
 from simpletuner_layerprobe.commands.lokr_output import print_written
 from simpletuner_layerprobe.commands.output import OK, print_json, quiet, size_text
 from simpletuner_layerprobe.commands.settled import confidence_of, settled_text, share_text
-from simpletuner_layerprobe.preset import BF16_BYTES
+from simpletuner_layerprobe.errors import ProbeError
+from simpletuner_layerprobe.lokr.amounts import BF16_BYTES
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from simpletuner_layerprobe.analyse.confidence import Bootstrap, Decide
+    from simpletuner_layerprobe.analyse.bootstrap import Bootstrap, Decide
     from simpletuner_layerprobe.analyse.contribution import Contribution
     from simpletuner_layerprobe.lokr.ranks import PlannedRank
     from simpletuner_layerprobe.run.manifest import Manifest
-    from simpletuner_layerprobe.run.shards import Run
+    from simpletuner_layerprobe.run.records import Run
 
 LEVEL_NAMES = ("at_factor", "at_double")
 
@@ -44,11 +44,11 @@ def lokr_by_ranks(
     run: Run | None,
 ) -> int:
     """`lokr --algo` with an algorithm that has ranks. run: None for a plan without one."""
-    from simpletuner_layerprobe import families
     from simpletuner_layerprobe.lokr import config as lokr_config
     from simpletuner_layerprobe.lokr import decision, lora, ranks
     from simpletuner_layerprobe.lokr.factors import article_factors
-    from simpletuner_layerprobe.lokr.verify import verify
+    from simpletuner_layerprobe.lokr.proof import verify
+    from simpletuner_layerprobe.probe import families
 
     algo, modules = arguments.algo, manifest.modules
     if not modules:

@@ -26,8 +26,8 @@ def add_parser(add: Add) -> None:
 
 
 def command(arguments: argparse.Namespace) -> int:
-    from simpletuner_layerprobe.report.page import page
-    from simpletuner_layerprobe.run.shards import open_run
+    from simpletuner_layerprobe.run.records import open_run
+    from simpletuner_layerprobe.show.page import page
 
     made = page(
         open_run(arguments.run), tokens=arguments.tokens, bins=arguments.bins, **given_weighting(arguments)

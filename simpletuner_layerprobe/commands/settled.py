@@ -7,19 +7,19 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from simpletuner_layerprobe import ProbeError
 from simpletuner_layerprobe.commands.output import counted
+from simpletuner_layerprobe.errors import ProbeError
 
 if TYPE_CHECKING:
-    from simpletuner_layerprobe.analyse.confidence import Bootstrap, Confidence, Decide
-    from simpletuner_layerprobe.run.shards import Run
+    from simpletuner_layerprobe.analyse.bootstrap import Bootstrap, Confidence, Decide
+    from simpletuner_layerprobe.run.records import Run
 
 
 def confidence_of(
     run: Run, arguments: argparse.Namespace, decide_of: Callable[[Bootstrap], Decide], *, replicates: int | None = None
 ) -> tuple[Confidence, Bootstrap]:
     """How sure what `decide_of` decides is, with the reading and the bins of the options."""
-    from simpletuner_layerprobe.analyse.confidence import confidence, tally
+    from simpletuner_layerprobe.analyse.bootstrap import confidence, tally
 
     bootstrap = tally(run, tokens=arguments.tokens, bins=arguments.bins).bootstrap(replicates=replicates)
     return confidence(bootstrap, decide_of(bootstrap)), bootstrap
@@ -27,7 +27,7 @@ def confidence_of(
 
 def settled_text(sure: Confidence, what: str = "factor") -> str:
     """The line under the table: how many factors (or ranks) other samples could change."""
-    from simpletuner_layerprobe.analyse.confidence import MIN_SAMPLES, SHARE
+    from simpletuner_layerprobe.analyse.bootstrap import MIN_SAMPLES, SHARE
 
     if not sure.enough:
         return f"NOT settled: a sigma bin has fewer than {MIN_SAMPLES} samples, too few to judge any {what} by"
@@ -48,9 +48,9 @@ def share_text(share: float) -> str:
 
 def settling_text(run: Run, bins: int, preset: str) -> str:
     """What `status` says of the samples that the factors of a preset still need."""
-    from simpletuner_layerprobe.analyse.confidence import MOST_TIMES, SHARE, confidence, more_samples, tally
+    from simpletuner_layerprobe.analyse.bootstrap import MOST_TIMES, SHARE, confidence, more_samples, tally
+    from simpletuner_layerprobe.lokr.amounts import preset_parameters
     from simpletuner_layerprobe.lokr.decision import REPLICATES, of_preset
-    from simpletuner_layerprobe.preset import preset_parameters
 
     tokens = "last" if "last" in run.manifest.tokens else run.manifest.tokens[0]
     parameters = preset_parameters(preset)

@@ -6,14 +6,14 @@ import argparse
 import math
 from typing import TYPE_CHECKING
 
-from simpletuner_layerprobe import ProbeError
 from simpletuner_layerprobe.commands.arguments import Add, add_bins, add_run, preset
 from simpletuner_layerprobe.commands.output import OK, bin_labels, counted, model_name, size_text
 from simpletuner_layerprobe.commands.settled import settling_text
-from simpletuner_layerprobe.preset import ARTICLE, preset_parameters
+from simpletuner_layerprobe.errors import ProbeError
+from simpletuner_layerprobe.lokr.amounts import ARTICLE, preset_parameters
 
 if TYPE_CHECKING:
-    from simpletuner_layerprobe.run.shards import Run
+    from simpletuner_layerprobe.run.records import Run
 
 HISTOGRAM_WIDTH = 40
 
@@ -40,7 +40,7 @@ def add_parser(add: Add) -> None:
 def command(arguments: argparse.Namespace) -> int:
     from simpletuner_layerprobe.analyse.heatmap import all_blocks
     from simpletuner_layerprobe.analyse.summary import summary
-    from simpletuner_layerprobe.run.shards import open_run
+    from simpletuner_layerprobe.run.records import open_run
 
     run = open_run(arguments.run)
     manifest = run.manifest

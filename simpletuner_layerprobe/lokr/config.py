@@ -18,8 +18,8 @@ from glob import escape
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from simpletuner_layerprobe import ProbeError
-from simpletuner_layerprobe.families import Target, lies_at
+from simpletuner_layerprobe.errors import ProbeError
+from simpletuner_layerprobe.probe.families import Target, lies_at
 from simpletuner_layerprobe.run.manifest import Module, plain_file_size
 
 PROGRAM_OPTIONS = ("post_checkpoint_script", "post_upload_script", "validation_external_script", "disk_low_script")

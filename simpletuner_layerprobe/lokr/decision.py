@@ -14,14 +14,14 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from simpletuner_layerprobe import ProbeError
-from simpletuner_layerprobe.analyse.confidence import Bootstrap, Decide, article_decision, interval
+from simpletuner_layerprobe.analyse.bootstrap import Bootstrap, Decide, article_decision, interval
 from simpletuner_layerprobe.analyse.contribution import article_values, stream_values
-from simpletuner_layerprobe.families import FAMILIES, Target, family
+from simpletuner_layerprobe.errors import ProbeError
 from simpletuner_layerprobe.lokr.config import article_plan
 from simpletuner_layerprobe.lokr.factors import ARTICLE_MAX_FACTOR, achieved_factor, article_factors
-from simpletuner_layerprobe.lokr.planner import JOINT, Planner, module_groups
+from simpletuner_layerprobe.lokr.plan import JOINT, Planner, module_groups
 from simpletuner_layerprobe.lokr.ranks import Ladder, rank_limits, ranks_from_factors
+from simpletuner_layerprobe.probe.families import FAMILIES, Target, family
 from simpletuner_layerprobe.run.manifest import Manifest, Module
 
 REPLICATES = 200

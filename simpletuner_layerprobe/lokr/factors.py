@@ -15,7 +15,7 @@ from math import isqrt, prod
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from simpletuner_layerprobe import ProbeError
+from simpletuner_layerprobe.errors import ProbeError
 
 ARTICLE_MAX_FACTOR = 12
 AUTO_FACTOR = -1

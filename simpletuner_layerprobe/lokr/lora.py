@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from simpletuner_layerprobe import ProbeError
+from simpletuner_layerprobe.errors import ProbeError
+from simpletuner_layerprobe.lokr.proof import Adapter, Check, Row, skeleton
 from simpletuner_layerprobe.lokr.ranks import PlannedRank
-from simpletuner_layerprobe.lokr.verify import Adapter, Check, Row, skeleton
 from simpletuner_layerprobe.run.manifest import Module
 
 INIT_NAME = "lora_ranks.safetensors"

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from simpletuner_layerprobe import ProbeError
-from simpletuner_layerprobe.families import Target, lies_at
+from simpletuner_layerprobe.errors import ProbeError
 from simpletuner_layerprobe.lokr.config import Planned, article_plan
+from simpletuner_layerprobe.probe.families import Target, lies_at
 from simpletuner_layerprobe.run.manifest import Module
 
 LEVELS = (1, 2)

@@ -25,11 +25,11 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
-from simpletuner_layerprobe import ProbeError
+from simpletuner_layerprobe.errors import ProbeError
 from simpletuner_layerprobe.run.lock import locked
 from simpletuner_layerprobe.run.manifest import RunPath, plain_file_size, sync_folder
 from simpletuner_layerprobe.run.packed import PACKED_BYTES, Part, joined, packed_file, packs, parts
-from simpletuner_layerprobe.run.shards import SHARDS_NAME, Run, open_run, rank_and_index
+from simpletuner_layerprobe.run.records import SHARDS_NAME, Run, open_run, rank_and_index
 
 LOCK_NAME = "compact.lock"
 TEMPORARY_NAME = ".layerprobe-c0.tmp"  # the lock's holder alone uses it, also the one that a crash left

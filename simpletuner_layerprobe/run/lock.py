@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from simpletuner_layerprobe import ProbeError
+from simpletuner_layerprobe.errors import ProbeError
 
 try:
     import fcntl

@@ -18,8 +18,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from simpletuner_layerprobe import ProbeError, __version__
-from simpletuner_layerprobe.run.readings import TOKENS, Reading, parse_reading
+from simpletuner_layerprobe import __version__
+from simpletuner_layerprobe.errors import ProbeError
+from simpletuner_layerprobe.readings import TOKENS, Reading, parse_reading
 
 SCHEMA_VERSION = 1
 EXTRA_SCHEMA = 2  # of a run with further readings: versions that do not know them refuse it

@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from simpletuner_layerprobe import ProbeError
+from simpletuner_layerprobe.errors import ProbeError
 from simpletuner_layerprobe.run.folder import free_target, new_folder
 from simpletuner_layerprobe.run.manifest import MAX_MANIFEST_BYTES, RunPath, plain_file_size, write_new_file
 from simpletuner_layerprobe.run.packed import Part, joined, packed_file, packs, parts
-from simpletuner_layerprobe.run.shards import (
+from simpletuner_layerprobe.run.records import (
     MAX_RANK,
     SHARDS_NAME,
     Rows,

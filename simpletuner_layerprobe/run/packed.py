@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from simpletuner_layerprobe.run.shards import MAX_BACKENDS, MAX_PIECES, Rows, Run, rank_and_index, shard_parts
+from simpletuner_layerprobe.run.records import MAX_BACKENDS, MAX_PIECES, Rows, Run, rank_and_index, shard_parts
 
 PACKED_BYTES = 32 * 1024 * 1024
 """A packed shard is not made larger: about 100,000 samples of 75 distances."""

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from simpletuner_layerprobe import ProbeError
-from simpletuner_layerprobe.run.jsonl import compressed
+from simpletuner_layerprobe.errors import ProbeError
+from simpletuner_layerprobe.readings import parse_reading
+from simpletuner_layerprobe.run.article import compressed
 from simpletuner_layerprobe.run.manifest import Manifest, RunPath, write_new_file
-from simpletuner_layerprobe.run.readings import parse_reading
-from simpletuner_layerprobe.run.shards import Rows, Run, stream_sizes
+from simpletuner_layerprobe.run.records import Rows, Run, stream_sizes
 
 if TYPE_CHECKING:
     import pyarrow

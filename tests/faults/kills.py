@@ -29,9 +29,9 @@ from points import Points, install
 
 from simpletuner_layerprobe.commands.output import replace_files
 from simpletuner_layerprobe.lokr.config import environment
-from simpletuner_layerprobe.run.jsonl import export_jsonl, import_jsonl
+from simpletuner_layerprobe.run.article import export_jsonl, import_jsonl
 from simpletuner_layerprobe.run.manifest import Manifest, Stream
-from simpletuner_layerprobe.run.shards import Rows, ShardWriter, create_run, open_run
+from simpletuner_layerprobe.run.records import Rows, ShardWriter, create_run, open_run
 
 MANIFEST = Manifest(
     schema=1,

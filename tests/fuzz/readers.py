@@ -16,10 +16,10 @@ import numpy as np
 from fuzz import mutate
 from synthetic_run import manifest, rows, sd3_modules
 
-from simpletuner_layerprobe.run.jsonl import import_jsonl
+from simpletuner_layerprobe.run.article import import_jsonl
 from simpletuner_layerprobe.run.manifest import Manifest, read_manifest
-from simpletuner_layerprobe.run.shards import Rows, ShardWriter, create_run, open_run
-from simpletuner_layerprobe.settings import ProbeSettings
+from simpletuner_layerprobe.run.records import Rows, ShardWriter, create_run, open_run
+from simpletuner_layerprobe.training.options import ProbeSettings
 
 BLOCKS = {"image": ("b.0", "b.1", "b.2"), "text": ("b.0", "b.1")}
 
@@ -157,7 +157,7 @@ MODULES = sd3_modules(2, width=8)
 def read_lycoris_config(folder: Path, data: bytes) -> None:
     from simpletuner_layerprobe.commands.output import quiet
     from simpletuner_layerprobe.lokr.config import read_config
-    from simpletuner_layerprobe.lokr.verify import check_config
+    from simpletuner_layerprobe.lokr.proof import check_config
 
     path = folder / "config.json"
     path.write_bytes(data)
@@ -205,7 +205,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def settings_values() -> list[bytes]:
-    from simpletuner_layerprobe.settings import OPTIONS
+    from simpletuner_layerprobe.training.options import OPTIONS
 
     known = {option.name: option.default for option in OPTIONS} | SETTINGS
     return [json.dumps(known).encode(), json.dumps({name: str(value) for name, value in known.items()}).encode()]

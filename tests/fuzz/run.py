@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from fuzz.mutate import mutated_bytes
 from fuzz.readers import READERS, Reader
 
-from simpletuner_layerprobe import ProbeError
+from simpletuner_layerprobe.errors import ProbeError
 
 PACKAGE = str(Path(sys.modules["simpletuner_layerprobe"].__file__ or "").parent)
 SLOW_SECONDS = 5.0

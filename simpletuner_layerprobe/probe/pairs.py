@@ -1,0 +1,123 @@
+"""Distances over several blocks in a row: the states before a stream's last few blocks, kept for a while.
+
+A pair is a first and a last block of one stream; its distance is that of the state before the first and the state
+after the last (arXiv 2403.17887 has it as the distance of the inputs of layers l and l + n).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from simpletuner_layerprobe.probe.angles import chunks, token_angles
+from simpletuner_layerprobe.probe.tokens import Part
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The state of one stream before one block.
+
+    number: the block's position in the stream. path: its path. state_BSD: with all tokens that the block got. part:
+    the stream's own. rule: the name of the rule that found them. original: the tensor that the block got, if somebody
+    else could still change it; version: what its version was then.
+    """
+
+    number: int
+    path: str
+    state_BSD: torch.Tensor
+    part: Part
+    rule: str
+    original: torch.Tensor | None
+    version: int
+
+    @property
+    def changed(self) -> bool:
+        """Whether the tensor that the block got was changed in place since then."""
+        return self.original is not None and self.original._version != self.version
+
+    def in_place_with(self, other: Kept) -> bool:
+        """Whether the stream's tokens stand at the same positions of both states."""
+        return self.rule == other.rule and self.state_BSD.shape == other.state_BSD.shape
+
+    def leads_to(self, other: Kept) -> bool:
+        """Whether the stream goes on in `other` with as many tokens of the same width, as far as the host knows."""
+        if other.number != self.number + 1 or other.state_BSD.shape[2] != self.state_BSD.shape[2]:
+            return False
+        ours, theirs = self.part.tokens, other.part.tokens
+        if isinstance(ours, slice) and isinstance(theirs, slice):
+            return ours.stop - ours.start == theirs.stop - theirs.start
+        return True
+
+
+class Trail:
+    """The states before the last blocks of one stream, as many as the longest span has blocks.
+
+    Where the stream does not go on (a U-Net between two resolutions), the states before are dropped: no pair is over
+    such a seam. The host knows the number of tokens only where a slice cuts them out; where masks do, `moved_angles`
+    gives NaN for a sample whose number of tokens is another.
+    """
+
+    def __init__(self, longest: int, blocks: int) -> None:
+        self._kept: deque[Kept] = deque(maxlen=longest)
+        self._blocks = blocks
+
+    def clear(self) -> None:
+        self._kept.clear()
+
+    def follow(self, last: Kept) -> Iterator[tuple[int, Kept]]:
+        """(span, the state before the first block) of every pair that ends with the block of `last`, shortest first."""
+        if self._kept and not self._kept[-1].leads_to(last):
+            self._kept.clear()
+        self._kept.append(last)
+        yield from enumerate(list(self._kept)[-2::-1], start=2)
+        if last.number == self._blocks - 1:
+            self._kept.clear()
+        elif len(self._kept) == self._kept.maxlen:
+            self._kept.popleft()
+
+
+def moved_angles(first: Kept, last: Kept, after_BSD: torch.Tensor) -> tuple[torch.Tensor, Part]:
+    """The angles of a stream's tokens before the first and after the last block, where they are at other positions.
+
+    Returns (B, S) float32 as `token_angles` does, and the stream's Part of these S.
+    """
+    before, after = first.part.tokens, last.part.tokens
+    if isinstance(before, slice) and isinstance(after, slice):
+        angles_BS = token_angles(first.state_BSD[:, before], after_BSD[:, after])
+        return angles_BS, Part(slice(0, angles_BS.shape[1]), last.part.valid_BS)
+    return _gathered_angles(first.state_BSD, _mask(first), after_BSD, _mask(last))
+
+
+def _mask(kept: Kept) -> torch.Tensor:
+    """The stream's tokens as a bool mask (samples, S)."""
+    tokens = kept.part.tokens
+    if not isinstance(tokens, slice):
+        return tokens
+    samples, count, _ = kept.state_BSD.shape
+    mask_BS = torch.zeros(samples, count, dtype=torch.bool, device=kept.state_BSD.device)
+    mask_BS[:, tokens] = True
+    return mask_BS
+
+
+def _gathered_angles(
+    before_BSD: torch.Tensor, before_BS: torch.Tensor, after_BSD: torch.Tensor, after_BS: torch.Tensor
+) -> tuple[torch.Tensor, Part]:
+    """The angles of the k-th token of one mask and the k-th of the other; NaN in a sample with unequal numbers."""
+    count = min(before_BS.shape[1], after_BS.shape[1])
+    # Positions of the masked tokens first, without waiting for the device to count them.
+    where = [(~mask_BS).to(torch.uint8).argsort(dim=1, stable=True)[:, :count] for mask_BS in (before_BS, after_BS)]
+    samples, width = len(after_BS), after_BSD.shape[2]
+    parts = []
+    for tokens in chunks((samples, count, width), after_BSD.device.type):
+        u_BSD, v_BSD = (
+            state_BSD.expand(samples, -1, -1).gather(1, index_BS[:, tokens, None].expand(-1, -1, width))
+            for state_BSD, index_BS in zip((before_BSD, after_BSD), where, strict=True)
+        )
+        parts.append(token_angles(u_BSD, v_BSD))
+    tokens_B, expected_B = after_BS.sum(dim=1), before_BS.sum(dim=1)
+    angles_BS = torch.cat(parts, dim=1).masked_fill_((tokens_B != expected_B).unsqueeze(1), math.nan)
+    return angles_BS, Part(torch.arange(count, device=tokens_B.device) < tokens_B.unsqueeze(1))

@@ -1,0 +1,242 @@
+"""The probe's options: what they are called, what they mean, what they may be."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from simpletuner_layerprobe.errors import ProbeError
+from simpletuner_layerprobe.lokr.amounts import ARTICLE, preset_parameters
+
+SIGMA_MODES = ("uniform", "stratified", "training")
+
+
+@dataclass(frozen=True)
+class Option:
+    """One SimpleTuner option.
+
+    kind: the name of SimpleTuner's FieldType. step: what a number's arrows add in the WebUI, which marks other values
+    than its multiples as wrong. placeholder: what an empty text field shows.
+    """
+
+    name: str
+    label: str
+    kind: str
+    default: object
+    help: str
+    choices: tuple[tuple[str, str], ...] = ()
+    step: float | None = None
+    placeholder: str = ""
+
+
+OPTIONS = (
+    Option(
+        "layerprobe",
+        "Probe-only run",
+        "CHECKBOX",
+        False,
+        "Run a probe-only epoch: log how far each transformer block turns the hidden states, and train nothing. "
+        "No weights, checkpoints or validation images are made.",
+    ),
+    Option(
+        "layerprobe_dir",
+        "Probe run folder",
+        "TEXT",
+        None,
+        "Folder that the probe writes to. Default: the folder 'layerprobe' inside output_dir. "
+        "A run that is started again with the same settings goes on in the same folder.",
+        placeholder="{output_dir}/layerprobe",
+    ),
+    Option(
+        "layerprobe_sigmas",
+        "Probe noise levels",
+        "SELECT",
+        "uniform",
+        "uniform: each sample draws its sigma evenly from 0 to 1, without schedule shift. stratified: as even, but "
+        "consecutive samples fill equal strata, so that fewer samples are needed. training: your own noise schedule.",
+        (
+            ("uniform", "Uniform over [0, 1]"),
+            ("stratified", "Stratified over [0, 1]"),
+            ("training", "This config's own noise schedule"),
+        ),
+    ),
+    Option(
+        "layerprobe_samples",
+        "Probe samples",
+        "NUMBER",
+        0,
+        "Stop after so many samples in all, over all GPUs and earlier starts of the same run. "
+        "0: num_train_epochs or max_train_steps decide.",
+        step=1,
+    ),
+    Option(
+        "layerprobe_stop_when_stable",
+        "Stop the probe when settled",
+        "NUMBER",
+        0.0,
+        "Stop as soon as other samples would very likely give the same factors: when every factor of the preset in "
+        "layerprobe_preset is agreed by this share of bootstrap replicates, such as 0.95. Judged now and then, at less "
+        "than a hundredth of the run's time. 0: do not.",
+        step=0.01,
+    ),
+    Option(
+        "layerprobe_preset",
+        "Preset to settle",
+        "TEXT",
+        "article",
+        "Whose factors layerprobe_stop_when_stable waits for: article, or the plan for a budget, as a number of "
+        "trainable parameters such as 400M or a size in bf16 such as 800MB.",
+    ),
+    Option(
+        "layerprobe_discover",
+        "Probe unknown model families",
+        "CHECKBOX",
+        False,
+        "For a model family that the probe does not know: guess its blocks and record their image stream. Text tokens "
+        "that share a sequence with the image count as image. Without this option such a family is refused.",
+    ),
+    Option(
+        "layerprobe_residual",
+        "Probe block updates too",
+        "CHECKBOX",
+        False,
+        "Also record what each block adds to the hidden states: the relative length of the update, "
+        "|after - before| / |before|, and the cosine of its angle to the state before.",
+    ),
+    Option(
+        "layerprobe_block_pairs",
+        "Probe several blocks in a row",
+        "NUMBER",
+        0,
+        "Also record the angular distance over 2, 3 ... so many blocks in a row. Keeps so many hidden states of each "
+        "stream on the device, and takes longer the larger it is. 0: do not.",
+        step=1,
+    ),
+    Option(
+        "layerprobe_flush_seconds",
+        "Probe flush interval (seconds)",
+        "NUMBER",
+        30.0,
+        "Write the samples recorded so far to disk every so many seconds. A crash loses at most these.",
+        step=0.1,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class ProbeSettings:
+    """The checked options of one probe-only run.
+
+    directory: the run folder. sigmas: one of SIGMA_MODES. samples: total number of samples of the run, 0 if the
+    epochs or max_train_steps decide. flush_seconds: seconds between two writes, above 0. discover: whether to guess
+    the blocks of an unknown model family. stop_when_stable: share of bootstrap replicates, below 1, that must agree
+    with every factor for the run to end by itself, 0 if it does not. preset: whose factors these are, see
+    preset.py. residual: whether to record the blocks' updates.
+    block_pairs: the most blocks in a row whose distance is recorded, 0 or 1 for single blocks alone.
+    """
+
+    directory: str
+    sigmas: str = "uniform"
+    samples: int = 0
+    flush_seconds: float = 30.0
+    discover: bool = False
+    stop_when_stable: float = 0.0
+    preset: str = ARTICLE
+    residual: bool = False
+    block_pairs: int = 0
+
+    @classmethod
+    def from_config(cls, config: Any) -> ProbeSettings | None:
+        """Read SimpleTuner's parsed options. None if the run is not a probe-only run. Raises ProbeError."""
+        if not config.layerprobe:
+            return None
+        directory = config.layerprobe_dir or os.path.join(config.output_dir, "layerprobe")
+        return cls(
+            directory=os.path.expanduser(str(directory)),
+            sigmas=_choice("layerprobe_sigmas", config.layerprobe_sigmas),
+            samples=_whole_number("layerprobe_samples", config.layerprobe_samples),
+            flush_seconds=_seconds("layerprobe_flush_seconds", config.layerprobe_flush_seconds),
+            discover=bool(config.layerprobe_discover),
+            stop_when_stable=_share("layerprobe_stop_when_stable", config.layerprobe_stop_when_stable),
+            preset=_preset("layerprobe_preset", config.layerprobe_preset),
+            residual=bool(config.layerprobe_residual),
+            block_pairs=_whole_number("layerprobe_block_pairs", config.layerprobe_block_pairs),
+        )
+
+
+def _choice(name: str, value: object) -> str:
+    if value not in SIGMA_MODES:
+        raise ProbeError(f"{name} is {value!r}; it must be one of {', '.join(SIGMA_MODES)}")
+    return str(value)
+
+
+def _whole_number(name: str, value: Any) -> int:
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise ProbeError(f"{name} is {value!r}; it must be a whole number, 0 or more") from None
+    if not (number >= 0 and number.is_integer()):
+        raise ProbeError(f"{name} is {value}; it must be a whole number, 0 or more")
+    return int(number)
+
+
+def _share(name: str, value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = float("nan")
+    if not (number == 0 or 0.5 <= number < 1):
+        raise ProbeError(f"{name} is {value!r}; it must be 0, or a share from 0.5 to below 1 such as 0.95")
+    return number
+
+
+def _preset(name: str, value: Any) -> str:
+    text = ARTICLE if value is None else str(value)
+    try:
+        preset_parameters(text)
+    except ProbeError:
+        raise ProbeError(
+            f"{name} is {value!r}; it must be article, a number of parameters such as 400M, or a size such as 800MB"
+        ) from None
+    return text
+
+
+def _seconds(name: str, value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise ProbeError(f"{name} is {value!r}; it must be a number of seconds above 0") from None
+    if not 0 < number < float("inf"):
+        raise ProbeError(f"{name} is {value}; it must be a number of seconds above 0")
+    return number
+
+
+def register_options(registry_module: Any) -> None:
+    """Add the options to SimpleTuner's field registry: its argument parser and its WebUI read them from there.
+
+    `registry_module` is `simpletuner.simpletuner_sdk.server.services.field_registry.registry`. Values are checked
+    by ProbeSettings and not by argparse, so that a wrong one gives one line instead of a traceback; the WebUI shows
+    the choices, and `record.config` takes them out of the parser.
+    """
+    types = sys.modules[registry_module.__package__ + ".types"]
+    for order, option in enumerate(OPTIONS):
+        field = types.ConfigField(
+            name=option.name,
+            arg_name=f"--{option.name}",
+            ui_label=option.label,
+            field_type=types.FieldType[option.kind],
+            tab="training",
+            section="layer_probe",
+            default_value=option.default,
+            choices=[{"value": value, "label": label} for value, label in option.choices] or None,
+            help_text=option.help,
+            tooltip=option.help,
+            placeholder=option.placeholder,
+            step=option.step,
+            importance=types.ImportanceLevel.ADVANCED,
+            parser_type=None if option.kind == "CHECKBOX" else types.ParserType.STRING,
+            order=order + 1,
+        )
+        registry_module.field_registry._add_field(field)

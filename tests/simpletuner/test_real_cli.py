@@ -1,0 +1,106 @@
+"""Whole command lines in their own processes: signals through `simpletuner train`, several ranks, WebUI jobs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from real import ANSI
+from test_real_run import RUN, column, run_of
+
+from simpletuner_layerprobe.training.options import OPTIONS
+
+BIN = Path(sys.executable).parent
+ENVIRONMENT = {
+    **{name: value for name, value in os.environ.items() if not name.startswith("SIMPLETUNER_")},
+    "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_simpletuner_train_ends_with_code_0_and_the_last_line(tiny, number):
+    folder = tiny(max_train_steps=100000, layerprobe_flush_seconds=1)
+    log = folder / "log.txt"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            ["simpletuner", "train", "env=tiny-probe"],
+            cwd=folder,
+            env=ENVIRONMENT,
+            stdout=output,
+            stderr=output,
+            # Whoever runs the tests in the background leaves SIGINT ignored, and children inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+        try:
+            end = time.monotonic() + 240
+            while not list((folder / RUN / "shards").glob("*.safetensors")):
+                assert process.poll() is None and time.monotonic() < end, log.read_text(errors="replace")[-4000:]
+                time.sleep(0.2)
+            process.send_signal(number)
+            assert process.wait(timeout=120) == 0, log.read_text(errors="replace")[-4000:]
+        finally:
+            process.kill()
+    last = ANSI.sub("", log.read_text(errors="replace")).rstrip().splitlines()[-1]
+    total = run_of(folder).sample_count()
+    assert f"layerprobe: {total} samples in" in last and "samples/s" in last
+    assert f"{RUN}" in last and "next: layerprobe heatmap" in last
+
+
+def test_an_error_is_one_line_after_simpletuner_train_too(tiny):
+    folder = tiny(layerprobe_sigmas="even")
+    done = subprocess.run(
+        ["simpletuner", "train", "env=tiny-probe"], cwd=folder, env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "layerprobe: error: layerprobe_sigmas is 'even'" in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_two_ranks(tiny):
+    import importlib.util
+
+    package = importlib.util.find_spec("simpletuner")
+    assert package is not None and package.origin is not None
+    folder = tiny(layerprobe_samples=21, layerprobe_sigmas="stratified", train_batch_size=2, num_train_epochs=1)
+    done = subprocess.run(
+        ["torchrun", "--nproc_per_node=2", str(Path(package.origin).parent / "train.py")],
+        cwd=folder,
+        env=ENVIRONMENT | {"ENV": "tiny-probe", "ACCELERATE_USE_CPU": "1", "ACCELERATE_MIXED_PRECISION": "bf16"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    run = run_of(folder)
+    assert run.samples_per_rank() == {0: 11, 1: 10}
+    tenths = (column(run, "sigma_N") * 10).astype(int)
+    assert np.bincount(tenths, minlength=10).tolist().count(2) == 9  # 21 samples: one tenth has three
+    assert len(np.unique(column(run, "sigma_N"))) == 21
+    assert done.stdout.count("layerprobe: 21 samples in") == 1
+
+
+def test_a_job_of_the_webui(simpletuner, tiny):
+    folder = tiny(max_train_steps=3)
+    result = simpletuner.run(folder, "tiny-probe", setup="setups.py:webui_job")
+    assert result.code == 0, result.log[-4000:]
+    assert run_of(folder).sample_count() == 3
+    assert "layerprobe: 3 samples in" in result.line("layerprobe: ")
+    options = json.loads((folder / RUN / "config.json").read_text())
+    assert options["model_family"] == "sd3" and options["layerprobe"] is True
+
+
+def test_the_options_are_in_the_webuis_training_tab(simpletuner, tiny):
+    folder = tiny()
+    result = simpletuner.run(folder, "tiny-probe", setup="setups.py:webui_fields")
+    assert result.code == 0, result.log[-4000:]
+    fields = json.loads((folder / "fields.json").read_text())
+    assert list(fields) == [option.name for option in OPTIONS]
+    assert fields["layerprobe_sigmas"]["choices"] == ["uniform", "stratified", "training"]
+    assert all(field["help"] and field["label"] and field["section"] == "layer_probe" for field in fields.values())

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from failing import fails
+
+from simpletuner_layerprobe.lokr.amounts import preset_parameters
+from simpletuner_layerprobe.training.options import OPTIONS, ProbeSettings
+
+
+def config(**options: object) -> SimpleNamespace:
+    defaults = {option.name: option.default for option in OPTIONS}
+    return SimpleNamespace(**(defaults | {"output_dir": "out", "layerprobe": True} | options))
+
+
+def test_defaults():
+    settings = ProbeSettings.from_config(config())
+    assert settings == ProbeSettings(directory="out/layerprobe", sigmas="uniform", samples=0, flush_seconds=30.0)
+    assert ProbeSettings.from_config(config(layerprobe=False)) is None
+
+
+def test_values_as_the_command_line_gives_them():
+    settings = ProbeSettings.from_config(
+        config(
+            layerprobe_dir="~/x",
+            layerprobe_samples="1e3",
+            layerprobe_flush_seconds="0.5",
+            layerprobe_stop_when_stable="0.95",
+            layerprobe_preset="1.5GB",
+            layerprobe_residual=True,
+            layerprobe_block_pairs="4",
+        )
+    )
+    assert settings is not None
+    assert settings.stop_when_stable == 0.95 and settings.preset == "1.5GB"
+    assert settings.residual and settings.block_pairs == 4
+    assert settings.samples == 1000 and settings.flush_seconds == 0.5
+    assert settings.directory.endswith("/x") and not settings.directory.startswith("~")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("layerprobe_sigmas", "gauss"),
+        ("layerprobe_samples", "-1"),
+        ("layerprobe_samples", "2.5"),
+        ("layerprobe_samples", "nan"),
+        ("layerprobe_samples", "inf"),
+        ("layerprobe_samples", None),
+        ("layerprobe_block_pairs", "-2"),
+        ("layerprobe_block_pairs", "2.5"),
+        ("layerprobe_block_pairs", "all"),
+        ("layerprobe_flush_seconds", "0"),
+        ("layerprobe_flush_seconds", "inf"),
+        ("layerprobe_flush_seconds", "soon"),
+        ("layerprobe_stop_when_stable", "1"),
+        ("layerprobe_stop_when_stable", "0.2"),
+        ("layerprobe_stop_when_stable", "-0.95"),
+        ("layerprobe_stop_when_stable", "nan"),
+        ("layerprobe_stop_when_stable", "always"),
+        ("layerprobe_stop_when_stable", None),
+        ("layerprobe_preset", "much"),
+        ("layerprobe_preset", "0"),
+        ("layerprobe_preset", "1B B"),
+        ("layerprobe_preset", ""),
+    ],
+)
+def test_wrong_values_name_the_option(name, value):
+    with fails(f"{name} is"):
+        ProbeSettings.from_config(config(**{name: value}))
+
+
+def test_every_option_has_a_label_and_help():
+    for option in OPTIONS:
+        assert option.name.startswith("layerprobe") and option.label and option.help.endswith(".")
+
+
+def test_presets():
+    assert [preset_parameters(text) for text in ("article", "400M", "1.2b", "2_000", "800MB", "1KiB", " 5k ")] == [
+        None,
+        400_000_000,
+        1_200_000_000,
+        2000,
+        400_000_000,
+        512,
+        5000,
+    ]
+    for text in ("", "0", "-1", "1e9", "400 M B", "1tb", "9" * 40, "0.4"):
+        with fails("the preset is"):
+            preset_parameters(text)

@@ -1,6 +1,6 @@
 """The readings: what one number of a recorded sample means, and how it is called in a run folder.
 
-Every run has the angle of "last" or "mean" or both (`Manifest.tokens`). A run may have further ones (`Manifest.extra`):
+Every run has the angle of "last" or "mean" or both. A run may have further ones:
 
     update_norm_last, update_norm_mean      |after - before| / |before| of a block
     update_cosine_last, update_cosine_mean  cosine of the angle between after - before and before
@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from simpletuner_layerprobe.errors import ProbeError
+from simpletuner_layerprobe.errors import ConfigError
 
 TOKENS = ("last", "mean")  # of the last token, or the mean over the valid ones
 ANGLE, UPDATE_NORM, UPDATE_COSINE = "angle", "update_norm", "update_cosine"
@@ -48,12 +48,12 @@ class Reading:
 
 
 def parse_reading(name: str) -> Reading:
-    """The reading called `name`. Raises ProbeError if there is no such one."""
+    """The reading called `name`. Raises ConfigError if there is no such one."""
     if name in TOKENS:
         return Reading(name, ANGLE, name)
     match = _EXTRA.fullmatch(name)
     if match is None or match[2] == "1":
-        raise ProbeError(
+        raise ConfigError(
             f"there is no reading {name!r:.80}; expected {', '.join(TOKENS)}, update_norm_last, update_cosine_mean, "
             f"pair2_mean or the like"
         )

@@ -13,26 +13,26 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def faults() -> str:
-    found = json.loads((ROOT / "tests" / "faults" / "results.json").read_text())
+    results = json.loads((ROOT / "tests" / "faults" / "results.json").read_text())
     lines = ["| Fault | Times | Rows committed | Rows lost | What the user sees |", "|---|--:|--:|--:|---|"]
-    for name, one in found.items():
-        rows = ["-" if one[key] is None else f"{one[key]:,}" for key in ("committed", "lost")]
-        seen = one["seen"].replace("|", "\\|").replace("*", "\\*")
-        lines.append(f"| {name} | {one['tried']:,} | {rows[0]} | {rows[1]} | {seen} |")
+    for name, row in results.items():
+        rows = ["-" if row[key] is None else f"{row[key]:,}" for key in ("committed", "lost")]
+        seen = row["seen"].replace("|", "\\|").replace("*", "\\*")
+        lines.append(f"| {name} | {row['tried']:,} | {rows[0]} | {rows[1]} | {seen} |")
     return "\n".join(lines)
 
 
 def fuzzing() -> str:
-    found = json.loads((ROOT / "tests" / "fuzz" / "results.json").read_text())
+    results = json.loads((ROOT / "tests" / "fuzz" / "results.json").read_text())
     lines = [
         "| Reader | Inputs | Refused in one line | Tracebacks | Crashes | Hangs | Slowest input |",
         "|---|--:|--:|--:|--:|--:|--:|",
     ]
     keys = ("inputs", "refused", "tracebacks", "crashes", "hangs")
-    for name, one in found.items():
-        lines.append(f"| {name} | {' | '.join(f'{one[key]:,}' for key in keys)} | {one['slowest_seconds']:.3f} s |")
-    total = [f"{sum(one[key] for one in found.values()):,}" for key in keys]
-    slowest = max(one["slowest_seconds"] for one in found.values())
+    for name, row in results.items():
+        lines.append(f"| {name} | {' | '.join(f'{row[key]:,}' for key in keys)} | {row['slowest_seconds']:.3f} s |")
+    total = [f"{sum(row[key] for row in results.values()):,}" for key in keys]
+    slowest = max(row["slowest_seconds"] for row in results.values())
     lines.append(f"| all | {' | '.join(total)} | {slowest:.3f} s |")
     return "\n".join(lines)
 

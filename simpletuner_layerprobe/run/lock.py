@@ -1,7 +1,7 @@
-"""Locks between processes: who records a rank, who compacts a run.
+"""A lock between processes: a rank of a run is recorded by one process at a time.
 
 A lock belongs to its process and ends with it, however it ends: nothing stale is left behind that somebody would have
-to remove. Its file lies in the run's shard folder while it is held (and stays there, unlocked, after a SIGKILL).
+to remove. Its file lies in the run folder while it is held (and stays there, unlocked, after a SIGKILL).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from simpletuner_layerprobe.errors import ProbeError
+from simpletuner_layerprobe.errors import RunError
 
 try:
     import fcntl
@@ -28,7 +28,7 @@ def locked(path: Path, taken: str) -> Iterator[bool]:
 
     It is a record lock and not `flock`: forked data workers do not inherit it, so it cannot outlive its process; and
     network folders that lock at all know it. A process can hold a lock file once, in one thread. Raises
-    ProbeError(taken) if another process holds it, and if the file cannot be made.
+    RunError(taken) if another process holds it, and if the file cannot be made.
     """
     descriptor, held = _acquire(path, taken)
     try:
@@ -44,7 +44,7 @@ def _acquire(path: Path, taken: str) -> tuple[int, bool]:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
         except OSError as error:
-            raise ProbeError(f"cannot make the lock file {path}: {error.strerror}") from None
+            raise RunError(f"cannot make the lock file {path}: {error.strerror}") from None
         try:
             if fcntl is None:
                 return descriptor, False
@@ -58,5 +58,5 @@ def _acquire(path: Path, taken: str) -> tuple[int, bool]:
             if error.errno not in _TAKEN:
                 return descriptor, False
             os.close(descriptor)
-            raise ProbeError(taken) from None
+            raise RunError(taken) from None
         os.close(descriptor)

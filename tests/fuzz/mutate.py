@@ -6,76 +6,32 @@ import bz2
 import copy
 import gzip
 import json
+import math
 import random
 import struct
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
-INTERESTING = [
-    b"\x00",
-    b"\xff",
-    b"\n",
-    b"{",
-    b"[",
-    b'"',
-    b"\\",
-    b"1e999",
-    b"NaN",
-    b"-",
-    b"\xed\xa0\x80",
-    b"9" * 30,
-    b"%s",
-]
+import pyarrow as pa
+from pyarrow import ipc
+
+from simpletuner_layerprobe.run.stream_file import batch_metadata
+
+INTERESTING = [b"\x00", b"\xff", b"\n", b"{", b"[", b'"', b"\\", b"-", b"%s", b"\xed\xa0\x80"]
+INTERESTING += [b"1e999", b"NaN", b"9" * 30]
 
 
 class Raw(str):
     """JSON text that goes into the output as it is, also where it is no JSON."""
 
 
-NASTY: list[Any] = [
-    None,
-    True,
-    False,
-    0,
-    -1,
-    1,
-    2,
-    2**31,
-    2**63,
-    2**64,
-    10**400,
-    0.5,
-    -0.0,
-    1e308,
-    5e-324,
-    float("nan"),
-    float("inf"),
-    "",
-    "0",
-    "-1",
-    "nan",
-    "../../x",
-    "/dev/zero",
-    "a\x00b",
-    "\x1b[31m",
-    "\ud800",
-    "\u202e",
-    "<script>",
-    "x" * 5000,
-    "(a+)+$",
-    "[",
-    "*" * 50,
-    [],
-    {},
-    [[]],
-    [None] * 3,
-    {"": {}},
-    Raw("9" * 5000),
-    Raw("1e999999"),
-    Raw("[" * 3000 + "]" * 3000),
-    Raw('{"a":' * 2000 + "1" + "}" * 2000),
-    Raw('{"a":1,"a":2}'),
-]
+NUMBERS = [0, -1, 1, 2, 2**31, 2**63, 2**64, 10**400, 0.5, -0.0, 1e308, 5e-324, math.nan, math.inf]
+TEXTS = ["", "0", "-1", "nan", "<script>", "x" * 5000, "(a+)+$", "[", "*" * 50, "../../x", "/dev/zero"]
+CHARACTERS = ["a\x00b", "\x1b[31m", "\ud800", "\u202e"]
+CONTAINERS: list[Any] = [[], {}, [[]], [None] * 3, {"": {}}]
+TOO_MUCH = [Raw("9" * 5000), Raw("1e999999"), Raw("[" * 3000 + "]" * 3000), Raw('{"a":' * 2000 + "1" + "}" * 2000)]
+NASTY = [None, True, False, *NUMBERS, *TEXTS, *CHARACTERS, *CONTAINERS, *TOO_MUCH, Raw('{"a":1,"a":2}')]
 
 
 def mutated_bytes(data: bytes, others: list[bytes], draw: random.Random) -> bytes:
@@ -119,29 +75,22 @@ def mutated_json(value: Any, draw: random.Random) -> bytes:
 
 
 def _changed(value: Any, draw: random.Random) -> Any:
-    if isinstance(value, dict) and value and draw.random() < 0.85:
-        key = draw.choice(list(value))
+    if isinstance(value, dict | list) and value and draw.random() < 0.85:
+        key = draw.choice(list(value) if isinstance(value, dict) else range(len(value)))
+        other = copy.deepcopy(draw.choice([*NASTY, value[key]]))
         kind = draw.randrange(8)
         if kind == 0:
             del value[key]
-        elif kind == 1:
+        elif kind == 1 and isinstance(value, dict):
             value[draw.choice([key + "x", "", "\x00", "__proto__", "schema", key.upper()])] = value.pop(key)
-        elif kind == 2:
-            value[f"{key}{draw.randrange(3)}"] = copy.deepcopy(draw.choice([*NASTY, value[key]]))
-        else:
-            value[key] = _changed(value[key], draw)
-        return value
-    if isinstance(value, list) and value and draw.random() < 0.85:
-        place = draw.randrange(len(value))
-        kind = draw.randrange(8)
-        if kind == 0:
-            del value[place]
         elif kind == 1:
-            value.insert(place, copy.deepcopy(draw.choice([*NASTY, value[place]])))
+            value.insert(key, other)
+        elif kind == 2 and isinstance(value, dict):
+            value[f"{key}{draw.randrange(3)}"] = other
         elif kind == 2:
             value *= draw.choice((0, 2, 3))
         else:
-            value[place] = _changed(value[place], draw)
+            value[key] = _changed(value[key], draw)
         return value
     if isinstance(value, str) and not isinstance(value, Raw) and value and draw.random() < 0.3:
         place = draw.randrange(len(value))
@@ -189,21 +138,97 @@ def json_lines(data: bytes, others: list[bytes], draw: random.Random) -> bytes:
     return mutated_bytes(packed, [packed], draw) if draw.random() < 0.6 else packed
 
 
-def shard_file(data: bytes, others: list[bytes], draw: random.Random) -> bytes:
-    """A shard: its header as JSON with the length mended, so that it is looked at, or the bytes."""
-    length = int.from_bytes(data[:8], "little")
-    if draw.random() < 0.35 or length > len(data):
+def stream_file(data: bytes, others: list[bytes], draw: random.Random) -> bytes:
+    """A stream file: its bytes, or its messages in another order, or made by Arrow from changed columns.
+
+    The checksums are mended most of the time, so that what is behind them is reached.
+    """
+    kind = draw.randrange(5)
+    if kind == 0:
         return mutated_bytes(data, others, draw)
+    if kind == 1:
+        return mended(mutated_bytes(data, others, draw))
+    if kind == 2 and len(data) >= 8:
+        changed = bytearray(data)
+        for _ in range(draw.choice((1, 1, 2, 4))):  # lengths, offsets and counts of a head
+            place = 4 * draw.randrange(len(changed) // 4)
+            changed[place : place + 4] = struct.pack("<I", draw.choice((0, 1, 3, 8, 2**20, 2**31, 2**32 - 1)))
+        return mended(bytes(changed))
     try:
-        header = json.loads(data[8 : 8 + length])
-        if draw.random() < 0.8:
-            header["__metadata__"].pop("crc32", None)
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        return _other_messages(data, draw) if kind == 3 else _other_columns(data, draw)
+    except (pa.ArrowException, OSError, ValueError, TypeError):
         return mutated_bytes(data, others, draw)
-    body = data[8 + length :]
-    text = dumped(header)
-    if draw.random() < 0.7:
-        text = mutated_json(header, draw)
-    else:
-        body = mutated_bytes(body, others, draw)[: len(body)].ljust(len(body), b"\xff")
-    return len(text).to_bytes(8, "little") + text + body
+
+
+def _messages(data: bytes) -> list[bytes]:
+    source = pa.BufferReader(data)
+    reader = ipc.open_stream(source)
+    ends = [0, source.tell()]
+    for _ in reader:
+        ends.append(source.tell())
+    return [data[begin:end] for begin, end in pairwise([*ends, len(data)])]
+
+
+def _other_messages(data: bytes, draw: random.Random) -> bytes:
+    messages = _messages(data)
+    for _ in range(draw.choice((1, 2))):
+        place = draw.randrange(len(messages))
+        what = draw.randrange(4)
+        if what == 0:
+            del messages[place]
+        elif what == 1:
+            messages.insert(draw.randrange(len(messages) + 1), messages[place])
+        elif what == 2:
+            messages[place] = messages[place][: draw.randrange(len(messages[place]) + 1)]
+        else:
+            messages.append(bytes(draw.choice((1, 8, 600))))
+        if not messages:
+            break
+    return b"".join(messages)
+
+
+def _other_columns(data: bytes, draw: random.Random) -> bytes:
+    """Valid Arrow with valid checksums: another type, nulls, other values, fewer columns, compressed, no rows."""
+    reader = ipc.open_stream(pa.BufferReader(data))
+    batches = list(reader)
+    number = draw.randrange(len(reader.schema))
+    field = reader.schema.field(number)
+    kinds = [pa.int8(), pa.float64(), pa.utf8(), pa.uint64(), pa.list_(pa.float32(), 2), pa.large_utf8(), pa.binary()]
+    kind = draw.choice([field.type, field.type, *kinds])
+    values = draw.choice(
+        [None, 0, -1, 1, 2**31 - 1, math.nan, math.inf, "", "x" * 999, [0.5, 2], [math.nan] * 3, b"\xff"]
+    )
+    sink = pa.BufferOutputStream()
+    options = ipc.IpcWriteOptions(compression=draw.choice([None, None, None, "lz4", "zstd"]))
+    writer = None
+    for batch in batches:
+        columns = list(batch.columns)
+        columns[number] = pa.array([values] * len(batch)).cast(kind) if draw.random() < 0.8 else columns[number]
+        fields = [reader.schema.field(i) for i in range(len(columns))]
+        fields[number] = pa.field(field.name, columns[number].type, draw.random() < 0.2)
+        if draw.random() < 0.1:
+            del columns[number], fields[number]
+        schema = pa.schema(fields, reader.schema.metadata)
+        changed = pa.RecordBatch.from_arrays(columns, schema=schema)[: draw.choice((0, 1, 99))]
+        writer = writer or ipc.new_stream(sink, schema, options=options)
+        writer.write_batch(changed, custom_metadata=batch_metadata(changed, {}))
+    return bytes(sink.getvalue())
+
+
+def mended(data: bytes) -> bytes:
+    """The same bytes with the checksums that the batches have now, as far as Arrow can read them."""
+    changed = bytearray(data)
+    source = pa.BufferReader(data)
+    try:
+        reader = ipc.open_stream(source)
+        while True:
+            begin = source.tell()
+            batch, metadata = reader.read_next_batch_with_custom_metadata()
+            notes = {key.decode(): value.decode() for key, value in (metadata or {}).items()}
+            old = notes.pop("crc32", "").encode()
+            new = batch_metadata(batch, notes)["crc32"].encode()
+            place = data.find(old, begin)
+            if old and place >= 0 and len(old) == len(new):
+                changed[place : place + len(new)] = new
+    except (StopIteration, pa.ArrowException, OSError, ValueError, TypeError, MemoryError):
+        return bytes(changed)

@@ -1,16 +1,14 @@
-"""What the probe knows of each SimpleTuner model family: data, no branches.
+"""What the probe knows of each model family: data, no branches. It imports neither torch nor SimpleTuner.
 
-Both halves read this table: the training process to find the blocks and their streams, the post-processor
-to know which modules a weighted config covers. It imports neither torch nor SimpleTuner.
+FAMILIES has SimpleTuner's families, DIFFUSERS diffusers' own classes. A new family is one entry: its block lists, the
+streams that each block updates, the rule for their tokens, and what a weighted config covers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from simpletuner_layerprobe.errors import ProbeError
+from simpletuner_layerprobe.errors import ModelError
 
 SAME_SHAPE = -1
 
@@ -22,7 +20,7 @@ class StreamSeam:
     argument: the parameter of the block's call that carries the state before the block.
     result: its position in the tuple that the call returns; None if the call returns the state itself; SAME_SHAPE
     for the one tensor among them that has the shape of the state before.
-    tokens: the rule in record/tokens.py that says which tokens of that state belong to the stream.
+    tokens: the rule in tokens.py that says which tokens of that state belong to the stream.
     unless: an attribute of the block; where it is true, the block does not update this stream.
     """
 
@@ -38,9 +36,9 @@ class BlockList:
     """Blocks of the denoiser, and the streams that each of them updates.
 
     path: the blocks' module paths; `*` stands for every child, in order ("transformer_blocks.*").
-    call: empty if the blocks are called as modules, so that forward hooks fire; else what SimpleTuner calls instead:
+    call: empty if the blocks are called as modules, so that forward hooks fire; else what is called instead:
     ".method" of the block, or "package.module:function" with the block as its first argument.
-    layout: the dimensions of the states, a key of record/tokens.py's LAYOUTS.
+    layout: the dimensions of the states, a key of tokens.py's LAYOUTS.
     only: class names; blocks of other classes at that path are left out. Empty: all.
     """
 
@@ -68,26 +66,28 @@ class Target:
 
 @dataclass(frozen=True)
 class Family:
-    """One SimpleTuner `model_family`, or those of its flavours that share a denoiser class.
+    """One SimpleTuner `model_family`, or those of its flavours that share a denoiser class; or a class of diffusers.
 
-    noise: the rule in record/noise.py for the sigma of a prepared batch and for drawing it.
+    noise: the rule in training/noise.py for the sigma of a prepared batch and for drawing it.
     text: where the text is. "stream": the blocks update it. "cross": it only conditions the image stream (its weight
     in a plan is 0). "none": there is none. "unknown": a discovered family.
     forwards: "one" forward of the denoiser per step; "per sample": one for each sample of the batch, in order.
-    root: module path, inside SimpleTuner's trained component, of the module that is called; empty: the component.
     denoisers: class names of the denoisers that this entry is for; empty: all of the family.
+    text_mask: the parameter of the forward that has the mask of the valid text tokens; empty: a training batch has it.
     """
 
     name: str
     blocks: tuple[BlockList, ...]
-    targets: tuple[Target, ...]
+    targets: tuple[Target, ...] = ()
     noise: str = "flow"
     text: str = "stream"
     forwards: str = "one"
-    root: str = ""
     denoisers: tuple[str, ...] = ()
+    text_mask: str = ""
 
 
+# The image stream alone, in and out as it is.
+IMAGE = (StreamSeam("image", "hidden_states"),)
 # Double-stream blocks with diffusers' parameter names that return (text, image).
 TEXT_IMAGE = (
     StreamSeam("image", "hidden_states", 1),
@@ -95,18 +95,27 @@ TEXT_IMAGE = (
 )
 # Single-stream blocks over the joint sequence [text | image].
 JOINT_TEXT_IMAGE = (
-    StreamSeam("image", "hidden_states", None, "after_text"),
+    StreamSeam("image", "hidden_states", None, "image_after_text"),
     StreamSeam("text", "hidden_states", None, "text_first"),
 )
 # The same where reference images may follow the noised tokens.
 TEXT_NOISED = (StreamSeam("image", "hidden_states", 1, "packed_first"), TEXT_IMAGE[1])
 JOINT_TEXT_NOISED = (StreamSeam("image", "hidden_states", None, "packed_after_prompt"), JOINT_TEXT_IMAGE[1])
 
+
+def joint(argument: str, image: str, text: str) -> tuple[StreamSeam, StreamSeam]:
+    """Both streams in one state of the block, told apart by these two rules."""
+    return StreamSeam("image", argument, None, image), StreamSeam("text", argument, None, text)
+
+
 # The attention layers of a diffusers U-Net in the order in which it runs them, and their transformer blocks.
 UNET_ATTENTION_PATHS = tuple(f"{part}.attentions.*" for part in ("down_blocks.*", "mid_block", "up_blocks.*"))
 UNET_PATHS = tuple(f"{path}.transformer_blocks.*" for path in UNET_ATTENTION_PATHS)
-UNET_BLOCKS = tuple(BlockList(path, (StreamSeam("image", "hidden_states"),)) for path in UNET_PATHS)
+UNET_BLOCKS = tuple(BlockList(path, IMAGE) for path in UNET_PATHS)
 UNET_TARGETS = tuple(Target(path, ("ff*",), ("*",)) for path in UNET_PATHS)
+
+# Stable Cascade's blocks of all kinds: those of attention are among them.
+CASCADE_PATHS = ("down_blocks.*.*", "up_blocks.*.*")
 
 FAMILIES: tuple[Family, ...] = (
     Family(
@@ -153,8 +162,7 @@ FAMILIES: tuple[Family, ...] = (
                 (TEXT_IMAGE[0], StreamSeam("text", "encoder_hidden_states", 0, "caption_last")),
             ),
             BlockList(
-                "single_transformer_blocks.*",
-                (JOINT_TEXT_IMAGE[0], StreamSeam("text", "hidden_states", None, "caption_before_image")),
+                "single_transformer_blocks.*", joint("hidden_states", "image_after_text", "caption_before_image")
             ),
         ),
         targets=(
@@ -199,12 +207,9 @@ FAMILIES: tuple[Family, ...] = (
         name="flux3_image",
         blocks=(
             # The streams meet in the single blocks only. References have blocks of their own, which are not probed.
-            BlockList("mode_blocks.image.*", (StreamSeam("image", "hidden_states"),)),
+            BlockList("mode_blocks.image.*", IMAGE),
             BlockList("txt_mode_blocks.*", (StreamSeam("text", "hidden_states", None, "text_alone"),)),
-            BlockList(
-                "single_transformer_blocks.*",
-                (StreamSeam("image", "hidden_states", None, "image_after_text"), JOINT_TEXT_IMAGE[1]),
-            ),
+            BlockList("single_transformer_blocks.*", JOINT_TEXT_IMAGE),
         ),
         targets=(
             Target("mode_blocks.image.*", ("ff*",), ("*",)),
@@ -223,11 +228,7 @@ FAMILIES: tuple[Family, ...] = (
                 ),
             ),
             BlockList(
-                "single_stream_blocks.*",
-                (
-                    StreamSeam("image", "image_tokens", None, "unpadded_first"),
-                    StreamSeam("text", "image_tokens", None, "kept_text_after_image"),
-                ),
+                "single_stream_blocks.*", joint("image_tokens", image="unpadded_first", text="kept_text_after_image")
             ),
         ),
         targets=(
@@ -272,11 +273,7 @@ FAMILIES: tuple[Family, ...] = (
                 ),
             ),
             BlockList(
-                "single_stream_layers.*",
-                (
-                    StreamSeam("image", "hidden_states", None, "noised_last_after_prompt"),
-                    StreamSeam("text", "hidden_states", None, "own_prompt_first"),
-                ),
+                "single_stream_layers.*", joint("hidden_states", "noised_last_after_prompt", text="own_prompt_first")
             ),
         ),
         targets=(
@@ -287,13 +284,13 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="qwen_image",
+        # The edit flavours put reference images behind the noised latents.
         blocks=(
             BlockList(
                 "transformer_blocks.*",
-                # The edit flavours put reference images behind the noised latents.
                 (
                     StreamSeam("image", "hidden_states", 1, "packed_first"),
-                    StreamSeam("text", "encoder_hidden_states", 0, "prompt_alone"),
+                    StreamSeam("text", "encoder_hidden_states", 0, "valid_text"),
                 ),
             ),
         ),
@@ -302,125 +299,61 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="qwen_image",
-        blocks=(
-            BlockList(
-                "transformer_blocks.*",
-                (
-                    StreamSeam("image", "hidden_states", None, "packed_after_prompt"),
-                    StreamSeam("text", "hidden_states", None, "prompt_first"),
-                ),
-            ),
-        ),
+        blocks=(BlockList("transformer_blocks.*", joint("hidden_states", "packed_after_prompt", "prompt_first")),),
         targets=(Target("transformer_blocks.*", ("img_mlp*",), ("*",)),),
         denoisers=("QwenImage21Transformer2DModel",),
     ),
     Family(
         name="z_image",
-        blocks=(
-            BlockList(
-                "layers.*",
-                (
-                    StreamSeam("image", "x", None, "own_grid_first"),
-                    StreamSeam("text", "x", None, "text_after_own_grid"),
-                ),
-            ),
-        ),
+        blocks=(BlockList("layers.*", joint("x", "own_grid_first", "text_after_own_grid")),),
         targets=(Target("layers.*", ("adaLN_modulation*", "feed_forward*"), ("*",)),),
     ),
     Family(
         name="z_image_omni",
-        blocks=(
-            BlockList(
-                "layers.*",
-                (
-                    StreamSeam("image", "x", None, "grid_after_own_references"),
-                    StreamSeam("text", "x", None, "own_texts_first"),
-                ),
-            ),
-        ),
+        blocks=(BlockList("layers.*", joint("x", "grid_after_own_references", "own_texts_first")),),
         targets=(Target("layers.*", ("adaLN_modulation*", "feed_forward*"), ("*",)),),
     ),
     Family(
         name="lumina2",
-        blocks=(
-            BlockList(
-                "layers.*",
-                (
-                    StreamSeam("image", "hidden_states", None, "after_own_text"),
-                    StreamSeam("text", "hidden_states", None, "own_text_first"),
-                ),
-            ),
-        ),
+        blocks=(BlockList("layers.*", joint("hidden_states", "after_own_text", "own_text_first")),),
         targets=(Target("layers.*", ("norm1*", "feed_forward*"), ("*",)),),
     ),
     Family(
         name="krea2",
-        blocks=(
-            BlockList(
-                "transformer_blocks.*",
-                (
-                    StreamSeam("image", "hidden_states", None, "packed_after_prompt"),
-                    StreamSeam("text", "hidden_states", None, "prompt_first"),
-                ),
-            ),
-        ),
+        blocks=(BlockList("transformer_blocks.*", joint("hidden_states", "packed_after_prompt", "prompt_first")),),
         targets=(Target("transformer_blocks.*", ("ff*",), ("*",)),),
     ),
     Family(
         name="ernie",
-        blocks=(
-            BlockList(
-                "layers.*",
-                (StreamSeam("image", "x", None, "before_cut_text"), StreamSeam("text", "x", None, "cut_text_last")),
-                layout="SBD",
-            ),
-        ),
+        blocks=(BlockList("layers.*", joint("x", "before_cut_text", "cut_text_last"), layout="SBD"),),
         targets=(Target("layers.*", ("mlp*",), ("*",)),),
     ),
     Family(
         name="moss_image",
-        blocks=(
-            BlockList(
-                "layers.*",
-                (StreamSeam("image", "x", None, "grid_first"), StreamSeam("text", "x", None, "prompt_after_grid")),
-            ),
-        ),
+        blocks=(BlockList("layers.*", joint("x", "grid_first", "prompt_after_grid")),),
         targets=(Target("layers.*", ("proj.ffn*",), ("*",)),),
     ),
     Family(
         name="omnigen",
-        blocks=(
-            BlockList(
-                "layers.*",
-                (
-                    StreamSeam("image", "hidden_states", None, "after_ids_and_time"),
-                    StreamSeam("text", "hidden_states", None, "ids_first"),
-                ),
-            ),
-        ),
+        blocks=(BlockList("layers.*", joint("hidden_states", "after_ids_and_time", "ids_first")),),
         targets=(Target("layers.*", ("mlp*",), ("*",)),),
         noise="flow_clean_ward",
     ),
     Family(
         name="ideogram",
-        blocks=(
-            BlockList(
-                "layers.*",
-                (StreamSeam("image", "x", None, "after_prompt"), StreamSeam("text", "x", None, "prompt_first")),
-            ),
-        ),
+        blocks=(BlockList("layers.*", joint("x", "after_prompt", "prompt_first")),),
         targets=(Target("layers.*", ("adaln_modulation*", "feed_forward*"), ("*",)),),
     ),
     Family(
         name="cosmos",
-        blocks=(BlockList("transformer_blocks.*", (StreamSeam("image", "hidden_states"),)),),
+        blocks=(BlockList("transformer_blocks.*", IMAGE),),
         targets=(Target("transformer_blocks.*", ("norm*", "ff*"), ("*",)),),
         noise="edm",
         text="cross",
     ),
     Family(
         name="anima",
-        blocks=(BlockList("core.transformer_blocks.*", (StreamSeam("image", "hidden_states"),)),),
+        blocks=(BlockList("core.transformer_blocks.*", IMAGE),),
         targets=(Target("core.transformer_blocks.*", ("norm*", "ff*"), ("*",)),),
         noise="flow_in_sigmas",
         text="cross",
@@ -479,28 +412,20 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         # One sequence of text, given frames, sound and noised frames. Sound tokens are not recorded.
         name="minimaxh3",
-        blocks=(
-            BlockList(
-                "transformer_blocks.*",
-                (
-                    StreamSeam("image", "hidden_states", tokens="packed_video"),
-                    StreamSeam("text", "hidden_states", tokens="packed_text"),
-                ),
-            ),
-        ),
+        blocks=(BlockList("transformer_blocks.*", joint("hidden_states", "packed_video", "packed_text")),),
         targets=(Target("transformer_blocks.*", ("adaln_proj*", "ff*"), ("*",)),),
         noise="flow_in_clean",
     ),
     Family(
+        # Wan 2.2 TI2V gives the first frame clean, at timestep 0.
         name="wan",
-        # The text conditions the blocks by cross attention. Wan 2.2 TI2V gives the first frame clean, at timestep 0.
-        blocks=(BlockList("blocks.*", (StreamSeam("image", "hidden_states", None, "noised_tokens"),)),),
+        blocks=(BlockList("blocks.*", (StreamSeam("image", "hidden_states", tokens="noised_tokens"),)),),
         targets=(Target("blocks.*", ("ffn*",), ("*",)),),
         text="cross",
     ),
     Family(
         name="ltxvideo",
-        blocks=(BlockList("transformer_blocks.*", (StreamSeam("image", "hidden_states"),)),),
+        blocks=(BlockList("transformer_blocks.*", IMAGE),),
         targets=(Target("transformer_blocks.*", ("ff*",), ("*",)),),
         text="cross",
     ),
@@ -517,19 +442,19 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="longcat_video",
-        blocks=(BlockList("blocks.*", (StreamSeam("image", "x", None, "after_condition_frames"),)),),
+        blocks=(BlockList("blocks.*", (StreamSeam("image", "x", tokens="after_condition_frames"),)),),
         targets=(Target("blocks.*", ("adaLN_modulation*", "ffn*"), ("*",)),),
         text="cross",
     ),
     Family(
         name="wan_s2v",
-        blocks=(BlockList("blocks.*", (StreamSeam("image", "hidden_states", None, "before_reference_frames"),)),),
+        blocks=(BlockList("blocks.*", (StreamSeam("image", "hidden_states", tokens="before_reference_frames"),)),),
         targets=(Target("blocks.*", ("ffn*",), ("*",)),),
         text="cross",
     ),
     Family(
         name="infinitetalk",
-        blocks=(BlockList("blocks.*", (StreamSeam("image", "hidden_states"),)),),
+        blocks=(BlockList("blocks.*", IMAGE),),
         targets=(Target("blocks.*", ("ffn*",), ("*",)),),
         text="cross",
     ),
@@ -547,50 +472,76 @@ FAMILIES: tuple[Family, ...] = (
         targets=(Target("transformer_blocks.*", ("ff*", "audio_ff*"), ("*",)),),
         text="cross",
     ),
-    Family(name="sd1x", blocks=UNET_BLOCKS, targets=UNET_TARGETS, noise="ddpm", text="cross"),
-    Family(name="sdxl", blocks=UNET_BLOCKS, targets=UNET_TARGETS, noise="ddpm", text="cross"),
-    Family(name="kolors", blocks=UNET_BLOCKS, targets=UNET_TARGETS, noise="ddpm", text="cross"),
+    *(
+        Family(name=name, blocks=UNET_BLOCKS, targets=UNET_TARGETS, noise="ddpm", text="cross")
+        for name in ("sd1x", "sdxl", "kolors")
+    ),
     Family(
         name="pixart",
-        blocks=(BlockList("transformer_blocks.*", (StreamSeam("image", "hidden_states"),)),),
+        blocks=(BlockList("transformer_blocks.*", IMAGE),),
         targets=(Target("transformer_blocks.*", ("ff*",), ("*",)),),
         noise="ddpm",
         text="cross",
     ),
-    Family(
-        name="sana",
-        blocks=(BlockList("transformer_blocks.*", (StreamSeam("image", "hidden_states"),)),),
-        targets=(Target("transformer_blocks.*", ("ff*",), ("*",)),),
-        text="cross",
+    *(
+        Family(
+            name=name,
+            blocks=(BlockList("transformer_blocks.*", IMAGE),),
+            targets=(Target("transformer_blocks.*", ("ff*",), ("*",)),),
+            text="cross",
+        )
+        for name in ("sana", "sanavideo")
     ),
     Family(
-        name="sanavideo",
-        blocks=(BlockList("transformer_blocks.*", (StreamSeam("image", "hidden_states"),)),),
-        targets=(Target("transformer_blocks.*", ("ff*",), ("*",)),),
-        text="cross",
-    ),
-    # Its blocks are attention alone, on convolutional states.
-    Family(
+        # Its blocks are attention alone, on convolutional states.
         name="deepfloyd",
-        blocks=tuple(
-            BlockList(path, (StreamSeam("image", "hidden_states"),), layout="BDHW") for path in UNET_ATTENTION_PATHS
-        ),
+        blocks=tuple(BlockList(path, IMAGE, layout="BDHW") for path in UNET_ATTENTION_PATHS),
         targets=tuple(Target(path, (), ("*",)) for path in UNET_ATTENTION_PATHS),
         noise="ddpm",
         text="cross",
     ),
-    # Residual (convolution), timestep and attention blocks take turns in its lists.
     Family(
+        # Residual (convolution), timestep and attention blocks take turns in its lists.
         name="stable_cascade",
         blocks=tuple(
             BlockList(path, (StreamSeam("image", "x"),), layout="BDHW", only=("SDCascadeAttnBlock",))
-            for path in ("down_blocks.*.*", "up_blocks.*.*")
+            for path in CASCADE_PATHS
         ),
-        targets=tuple(Target(path, (), ("*",)) for path in ("down_blocks.*.*", "up_blocks.*.*")),
+        targets=tuple(Target(path, (), ("*",)) for path in CASCADE_PATHS),
         noise="ddpm",
         text="cross",
     ),
 )
+
+DIFFUSERS: dict[str, Family] = {
+    "SD3Transformer2DModel": Family(name="sd3", blocks=(BlockList("transformer_blocks.*", TEXT_IMAGE),)),
+    "FluxTransformer2DModel": Family(
+        # The single blocks put the two streams together and take them apart again.
+        name="flux",
+        blocks=(BlockList("transformer_blocks.*", TEXT_IMAGE), BlockList("single_transformer_blocks.*", TEXT_IMAGE)),
+    ),
+    "QwenImageTransformer2DModel": Family(
+        name="qwen_image",
+        blocks=(
+            BlockList(
+                "transformer_blocks.*",
+                (TEXT_IMAGE[0], StreamSeam("text", "encoder_hidden_states", 0, "valid_text")),
+            ),
+        ),
+        text_mask="encoder_hidden_states_mask",
+    ),
+    "WanTransformer3DModel": Family(
+        name="wan",
+        blocks=(BlockList("blocks.*", (StreamSeam("image", "hidden_states", tokens="noised_tokens"),)),),
+        text="cross",
+    ),
+    "PixArtTransformer2DModel": Family(
+        name="pixart", blocks=(BlockList("transformer_blocks.*", IMAGE),), noise="ddpm", text="cross"
+    ),
+    "UNet2DConditionModel": Family(name="sdxl", blocks=UNET_BLOCKS, noise="ddpm", text="cross"),
+}
+"""diffusers' own classes, by name: their forwards call the blocks in another way than SimpleTuner's, and there is no
+training batch, so that all of the image stream counts, reference images included."""
 
 # Families that cannot be probed, and why.
 REFUSED: dict[str, str] = {
@@ -601,21 +552,21 @@ REFUSED: dict[str, str] = {
 def family(name: str, denoiser: str = "") -> Family:
     """The table's entry for a SimpleTuner `model_family` and the class name of its denoiser ("" if not known yet).
 
-    Raises ProbeError for a family that is not supported, with the reason if there is a known one.
+    Raises ModelError for a family that is not supported, with the reason if there is a known one.
     """
     if name in REFUSED:
-        raise ProbeError(f"model family {name!r} cannot be probed: {REFUSED[name]}")
+        raise ModelError(f"model family {name!r} cannot be probed: {REFUSED[name]}")
     entries = [entry for entry in FAMILIES if entry.name == name]
     for entry in entries:
         if not denoiser or not entry.denoisers or denoiser in entry.denoisers:
             return entry
     if entries:
         known = ", ".join(sorted(kind for entry in entries for kind in entry.denoisers))
-        raise ProbeError(
+        raise ModelError(
             f"the denoiser {denoiser} of model family {name!r} is not supported by the layer probe; it knows: {known}"
         )
     known = ", ".join(sorted({entry.name for entry in FAMILIES}))
-    raise ProbeError(
+    raise ModelError(
         f"model family {name!r} is not supported by the layer probe; it knows: {known}. "
         f"layerprobe_discover lets it guess where the blocks are"
     )
@@ -624,99 +575,3 @@ def family(name: str, denoiser: str = "") -> Family:
 def is_known(name: str) -> bool:
     """Whether the table says something of this `model_family`: how to probe it, or why not."""
     return name in REFUSED or any(entry.name == name for entry in FAMILIES)
-
-
-@dataclass(frozen=True)
-class Block:
-    """One block of a denoiser and the streams that it updates. module: a `torch.nn.Module`."""
-
-    path: str
-    module: Any
-    entry: BlockList
-    seams: tuple[StreamSeam, ...]
-
-
-def find_blocks(denoiser: Any, family: Family) -> list[Block]:
-    """The blocks of a denoiser (a `torch.nn.Module`) in the order of its family's table.
-
-    Raises ProbeError if the denoiser lacks a block list of its family.
-    """
-    blocks = []
-    for entry in family.blocks:
-        for path, module in _modules_at(denoiser, entry.path, family.name):
-            if not entry.only or type(module).__name__ in entry.only:
-                seams = tuple(one for one in entry.streams if not (one.unless and getattr(module, one.unless, False)))
-                blocks.append(Block(path, module, entry, seams))
-    if not blocks:
-        raise ProbeError(f"{type(denoiser).__name__} has no transformer blocks; there is nothing to probe")
-    return blocks
-
-
-def _modules_at(denoiser: Any, pattern: str, family: str) -> list[tuple[str, Any]]:
-    found = [("", denoiser)]
-    before_star = True
-    for name in pattern.split("."):
-        before_star = before_star and name != "*"
-        # `_modules` and not iteration: SimpleTuner's DiffusionBlocks changes what a block list yields.
-        children = [
-            (f"{path}.{child}" if path else child, below)
-            for path, module in found
-            for child, below in module._modules.items()
-            if below is not None and name in ("*", child)
-        ]
-        if before_star and not children:
-            raise ProbeError(
-                f"{type(denoiser).__name__} has no {name!r}; the layer probe expects {pattern} in family {family!r}"
-            )
-        found = children
-    return found
-
-
-def stream_blocks(blocks: list[Block]) -> dict[str, tuple[str, ...]]:
-    """For each stream the paths of the blocks that update it, in order; the image stream first, the text last."""
-    paths: dict[str, list[str]] = {}
-    for block in blocks:
-        for seam in block.seams:
-            paths.setdefault(seam.stream, []).append(block.path)
-    order = sorted(paths, key=lambda name: (name != "image", name == "text", name))
-    return {stream: tuple(paths[stream]) for stream in order}
-
-
-def lies_at(path: str, pattern: str) -> bool:
-    """Whether a module path fits a BlockList's path, in which `*` stands for one name."""
-    names, wanted = path.split("."), pattern.split(".")
-    return len(names) == len(wanted) and all(one in ("*", name) for name, one in zip(names, wanted, strict=True))
-
-
-# Parameters that carry the image stream in the blocks of the families above, most common first.
-IMAGE_PARAMETERS = ("hidden_states", "image_tokens", "img_hidden_states", "visual_embed", "x", "img")
-
-
-def discover(denoiser: Any, name: str, parameters_of: Callable[[Any], Sequence[str]]) -> Family:
-    """A guess at the entry of a family that the table does not have: behind `layerprobe_discover` only.
-
-    The blocks are the lists (`ModuleList`s at any depth, not inside another block) of two or more modules of one class
-    whose forward has a parameter of IMAGE_PARAMETERS. Only that stream is recorded: a text stream is not looked for,
-    and the text of a joint sequence counts as image. parameters_of: the parameter names of a module's forward.
-    Raises ProbeError if nothing fits.
-    """
-    found: list[BlockList] = []
-    for path, module in denoiser.named_modules():
-        children = list(module._modules.values())
-        if not type(module).__name__.endswith("ModuleList") or len(children) < 2:
-            continue
-        if len({type(child) for child in children}) > 1:
-            continue
-        if any(path.startswith(entry.path.removesuffix("*")) for entry in found):
-            continue
-        parameters = parameters_of(children[0])
-        image = next((one for one in IMAGE_PARAMETERS if one in parameters), None)
-        if image is not None:
-            found.append(BlockList(f"{path}.*", (StreamSeam("image", image, SAME_SHAPE),)))
-    if not found:
-        raise ProbeError(
-            f"no list of transformer blocks was found in {type(denoiser).__name__} of model family {name!r}; "
-            f"the layer probe cannot probe it"
-        )
-    targets = tuple(Target(entry.path, ("*",), ()) for entry in found)
-    return Family(name=name, blocks=tuple(found), targets=targets, text="unknown")

@@ -2,6 +2,8 @@
 
 A pair is a first and a last block of one stream; its distance is that of the state before the first and the state
 after the last (arXiv 2403.17887 has it as the distance of the inputs of layers l and l + n).
+
+Shapes: B batch, S tokens, D width.
 """
 
 from __future__ import annotations
@@ -14,36 +16,30 @@ from dataclasses import dataclass
 import torch
 
 from simpletuner_layerprobe.probe.angles import chunks, token_angles
-from simpletuner_layerprobe.probe.tokens import Part
+from simpletuner_layerprobe.probe.parts import Part
+from simpletuner_layerprobe.probe.states import State
 
 
 @dataclass(frozen=True)
-class Kept:
+class Before:
     """The state of one stream before one block.
 
-    number: the block's position in the stream. path: its path. state_BSD: with all tokens that the block got. part:
-    the stream's own. rule: the name of the rule that found them. original: the tensor that the block got, if somebody
-    else could still change it; version: what its version was then.
+    number: the block's position in the stream. path: its path. state: what the block got; state_BSD: the same with all
+    tokens in order. part: the stream's own. rule: the name of the rule that says which they are.
     """
 
     number: int
     path: str
+    state: State
     state_BSD: torch.Tensor
     part: Part
     rule: str
-    original: torch.Tensor | None
-    version: int
 
-    @property
-    def changed(self) -> bool:
-        """Whether the tensor that the block got was changed in place since then."""
-        return self.original is not None and self.original._version != self.version
-
-    def in_place_with(self, other: Kept) -> bool:
+    def in_place_with(self, other: Before) -> bool:
         """Whether the stream's tokens stand at the same positions of both states."""
         return self.rule == other.rule and self.state_BSD.shape == other.state_BSD.shape
 
-    def leads_to(self, other: Kept) -> bool:
+    def leads_to(self, other: Before) -> bool:
         """Whether the stream goes on in `other` with as many tokens of the same width, as far as the host knows."""
         if other.number != self.number + 1 or other.state_BSD.shape[2] != self.state_BSD.shape[2]:
             return False
@@ -51,6 +47,11 @@ class Kept:
         if isinstance(ours, slice) and isinstance(theirs, slice):
             return ours.stop - ours.start == theirs.stop - theirs.start
         return True
+
+    def own_tokens(self) -> torch.Tensor:
+        """The stream's tokens as a bool mask (samples, S)."""
+        samples, tokens, _ = self.state_BSD.shape
+        return self.part.mask(samples, tokens, self.state_BSD.device)
 
 
 class Trail:
@@ -62,13 +63,13 @@ class Trail:
     """
 
     def __init__(self, longest: int, blocks: int) -> None:
-        self._kept: deque[Kept] = deque(maxlen=longest)
+        self._kept: deque[Before] = deque(maxlen=longest)
         self._blocks = blocks
 
     def clear(self) -> None:
         self._kept.clear()
 
-    def follow(self, last: Kept) -> Iterator[tuple[int, Kept]]:
+    def follow(self, last: Before) -> Iterator[tuple[int, Before]]:
         """(span, the state before the first block) of every pair that ends with the block of `last`, shortest first."""
         if self._kept and not self._kept[-1].leads_to(last):
             self._kept.clear()
@@ -80,7 +81,7 @@ class Trail:
             self._kept.popleft()
 
 
-def moved_angles(first: Kept, last: Kept, after_BSD: torch.Tensor) -> tuple[torch.Tensor, Part]:
+def moved_angles(first: Before, last: Before, after_BSD: torch.Tensor) -> tuple[torch.Tensor, Part]:
     """The angles of a stream's tokens before the first and after the last block, where they are at other positions.
 
     Returns (B, S) float32 as `token_angles` does, and the stream's Part of these S.
@@ -89,18 +90,7 @@ def moved_angles(first: Kept, last: Kept, after_BSD: torch.Tensor) -> tuple[torc
     if isinstance(before, slice) and isinstance(after, slice):
         angles_BS = token_angles(first.state_BSD[:, before], after_BSD[:, after])
         return angles_BS, Part(slice(0, angles_BS.shape[1]), last.part.valid_BS)
-    return _gathered_angles(first.state_BSD, _mask(first), after_BSD, _mask(last))
-
-
-def _mask(kept: Kept) -> torch.Tensor:
-    """The stream's tokens as a bool mask (samples, S)."""
-    tokens = kept.part.tokens
-    if not isinstance(tokens, slice):
-        return tokens
-    samples, count, _ = kept.state_BSD.shape
-    mask_BS = torch.zeros(samples, count, dtype=torch.bool, device=kept.state_BSD.device)
-    mask_BS[:, tokens] = True
-    return mask_BS
+    return _gathered_angles(first.state_BSD, first.own_tokens(), after_BSD, last.own_tokens())
 
 
 def _gathered_angles(

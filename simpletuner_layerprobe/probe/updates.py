@@ -1,4 +1,7 @@
-"""What a block adds to a hidden state: how long it is beside the state, and where it points. Pure."""
+"""What a block adds to a hidden state: how long it is beside the state, and where it points. Pure.
+
+Shapes: B batch, S tokens, D width.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,12 @@ import math
 
 import torch
 
-from simpletuner_layerprobe.probe.angles import chunks, mean_token, token_norm
-from simpletuner_layerprobe.probe.tokens import Part, readings
+from simpletuner_layerprobe.probe.angles import chunks, narrowed, token_norm
+from simpletuner_layerprobe.probe.parts import Part
 from simpletuner_layerprobe.readings import UPDATE_COSINE, UPDATE_NORM
 
 
+@torch.no_grad()
 def token_updates(before_BSD: torch.Tensor, after_BSD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Relative norm |after - before| / |before| of every token's update, and the cosine of its angle to `before`.
 
@@ -27,8 +31,9 @@ def token_updates(before_BSD: torch.Tensor, after_BSD: torch.Tensor) -> tuple[to
 
 
 def _updates(u_BSD: torch.Tensor, v_BSD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    if u_BSD.device.type == "cpu":
-        u_BSD, v_BSD = u_BSD.float(), v_BSD.float()
+    u_BSD, v_BSD = (
+        state_BSD.float() if state_BSD.device.type == "cpu" else narrowed(state_BSD) for state_BSD in (u_BSD, v_BSD)
+    )
     u_norm_BS1 = token_norm(u_BSD)
     # The factor of float32 makes the difference float32 without a copy of the states.
     update_BSD = torch.addcmul(v_BSD, u_BSD, torch.ones_like(u_norm_BS1), value=-1)
@@ -44,15 +49,9 @@ def update_readings(norm_BS: torch.Tensor, cosine_BS: torch.Tensor, part: Part) 
 
     The mean cosine is over those of the stream's valid tokens that have an update; NaN if there is none.
     """
-    found = {f"{UPDATE_NORM}_{tokens}": value_B for tokens, value_B in readings(norm_BS, part).items()}
-    moved_BS = norm_BS != 0
-    tokens = part.tokens
-    if isinstance(tokens, slice):
-        cosine_BS, moved_BS = cosine_BS[:, tokens], moved_BS[:, tokens]
-        last_B = cosine_BS[:, -1].clone()
-        valid_BS = moved_BS if part.valid_BS is None else moved_BS & part.valid_BS
-    else:
-        cosine_BS = cosine_BS.expand(tokens.shape)
-        last_B = readings(cosine_BS, part)["last"]
-        valid_BS = moved_BS & tokens
-    return found | {f"{UPDATE_COSINE}_last": last_B, f"{UPDATE_COSINE}_mean": mean_token(cosine_BS, valid_BS)}
+    return {
+        f"{UPDATE_NORM}_last": part.last(norm_BS),
+        f"{UPDATE_NORM}_mean": part.mean(norm_BS),
+        f"{UPDATE_COSINE}_last": part.last(cosine_BS),
+        f"{UPDATE_COSINE}_mean": part.mean(cosine_BS, among_BS=norm_BS != 0),
+    }

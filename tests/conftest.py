@@ -1,9 +1,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,9 +16,15 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("steady")
 
 TESTS = Path(__file__).parent
-EXAMPLES = TESTS.parent / "examples"
-for folder in (TESTS, *(TESTS / name for name in ("unit", "torch", "simpletuner", "robustness"))):
+for folder in (TESTS, *(TESTS / name for name in ("unit", "torch", "simpletuner", "statistics", "robustness"))):
     sys.path.insert(0, str(folder))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several workers (make test) the tests that share one SimpleTuner process go to one of them."""
+    for item in items:
+        if "simpletuner" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("simpletuner"))
 
 
 @pytest.fixture(scope="session")
@@ -36,22 +40,18 @@ def simpletuner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
 @pytest.fixture(scope="session")
 def tiny_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny SD3 pipeline with its photographs and the environment `tiny-probe`."""
+    from pipelines import EXAMPLES, make_pipeline
+
     folder = tmp_path_factory.mktemp("pipeline") / "tiny"
     make_pipeline(EXAMPLES / "tiny_sd3.py", "--out", folder, "--images", "6")
     return folder
 
 
-def make_pipeline(script: Path, *arguments: object) -> None:
-    """In a process of its own: diffusers and transformers warn a lot, and here warnings are errors."""
-    command = [sys.executable, str(script), *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": f"{EXAMPLES}", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.fixture(scope="session")
 def tiny_flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with a Flux pipeline."""
+    from pipelines import make_pipeline
+
     folder = tmp_path_factory.mktemp("flux") / "tiny"
     make_pipeline(TESTS / "tiny_flux.py", folder)
     return folder

@@ -46,13 +46,13 @@ class Started:
     def text(self) -> str:
         return ANSI.sub("", self._log.read_text(errors="replace")) if self._log.exists() else ""
 
-    def wait_for(self, text: str, seconds: float = 120) -> None:
+    def wait_for(self, text: str, seconds: float = 600) -> None:
         end = time.monotonic() + seconds
         while text not in self.text():
             assert time.monotonic() < end and self._codes.empty(), f"{text!r} did not come:\n{self.text()[-4000:]}"
             time.sleep(0.1)
 
-    def result(self, seconds: float = 240) -> Result:
+    def result(self, seconds: float = 600) -> Result:
         code = self._codes.get(timeout=seconds)
         return Result(code, self.text(), time.monotonic() - self._since)
 
@@ -109,7 +109,7 @@ class SimpleTuner:
         }
         assert self._process.stdin is not None
         print(json.dumps(job), file=self._process.stdin, flush=True)
-        pid = self._pids.get(timeout=30)
+        pid = self._pids.get(timeout=600)
         return Started(pid, cwd / log, self._codes.setdefault(pid, queue.Queue()))
 
     def run(self, cwd: Path, env: str, **options: object) -> Result:
@@ -118,7 +118,7 @@ class SimpleTuner:
     def close(self) -> None:
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.close()  # its loop over the lines ends
-        self._process.wait(timeout=60)
-        self._reader.join(timeout=60)
+        self._process.wait(timeout=600)
+        self._reader.join(timeout=600)
         self._process.stdout.close()
         self._stderr.close()

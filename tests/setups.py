@@ -10,11 +10,12 @@ def another_trainer() -> None:
     """A SimpleTuner whose Trainer lacks one of the methods that the probe wraps."""
     from simpletuner.helpers.training import trainer
 
+    from simpletuner_layerprobe import plugin
     from simpletuner_layerprobe.training import trainer as probe
 
     probe.uninstall(trainer)
     del trainer.Trainer._any_rank_reached_epoch_end
-    probe.install(trainer)
+    plugin.install(trainer)
     assert sys.excepthook is not sys.__excepthook__
 
 
@@ -77,9 +78,82 @@ def unknown_family_with_taps() -> None:
     taps.tap_flux()
 
 
-def slow_steps() -> None:
-    """The third training step takes half a minute."""
+def mixflow_after_all() -> None:
+    """A SimpleTuner that mixes at noisier sigmas than the batch's, whatever its option says."""
+    from simpletuner.helpers.models.common import ModelFoundation
+
+    ModelFoundation._mixflow_enabled = lambda self: True
+
+
+def another_noise_in_the_fifth_step() -> None:
+    """The fifth batch has latents that are mixed with noise at half of its sigmas."""
+    from simpletuner.helpers.models.sd3.model import SD3
+
+    prepare = SD3.prepare_batch
+    batches = 0
+
+    def prepare_batch(self: Any, batch: dict, state: dict) -> dict:
+        nonlocal batches
+        batches += 1
+        prepared = prepare(self, batch, state)
+        if batches == 5:
+            sigmas = prepared["sigmas"] / 2
+            prepared["noisy_latents"] = (1 - sigmas) * prepared["latents"] + sigmas * prepared["noise"]
+        return prepared
+
+    SD3.prepare_batch = prepare_batch
+
+
+def sigmas_of_another_convention() -> None:
+    """A SimpleTuner whose batches count sigma from 0 to 1000."""
+    from simpletuner.helpers.models.sd3.model import SD3
+
+    prepare = SD3.prepare_batch
+
+    def prepare_batch(self: Any, batch: dict, state: dict) -> dict:
+        prepared = prepare(self, batch, state)
+        prepared["sigmas"] = prepared["sigmas"] * 1000
+        return prepared
+
+    SD3.prepare_batch = prepare_batch
+    from simpletuner_layerprobe.training import noise_check
+
+    noise_check.UNCHECKED["sd3"] = "left out, so that the range of sigma is what is looked at"
+
+
+def adapters_in_use() -> None:
+    """What PEFT's adapters add in the first forward of Flux: module -> adapter -> scale, in adapters.json."""
+    import json
+    from pathlib import Path
+
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from simpletuner.helpers.models.flux.transformer import FluxTransformer2DModel
+
+    forward = FluxTransformer2DModel.forward
+
+    def noting(self: Any, *args: Any, **kwargs: Any) -> Any:
+        path = Path("adapters.json")
+        if not path.exists():
+            layers = [(name, module) for name, module in self.named_modules() if isinstance(module, BaseTunerLayer)]
+            scales = {
+                name: {
+                    adapter: module.scaling[adapter]
+                    for adapter in module.active_adapters
+                    if module.scaling.get(adapter)
+                }
+                for name, module in layers
+                if not module.disable_adapters
+            }
+            path.write_text(json.dumps(scales))
+        return forward(self, *args, **kwargs)
+
+    FluxTransformer2DModel.forward = noting
+
+
+def a_step_without_end() -> None:
+    """The third training step lasts until there is a file `go`."""
     import time
+    from pathlib import Path
 
     from simpletuner.helpers.models.sd3.transformer import SD3Transformer2DModel
 
@@ -91,8 +165,7 @@ def slow_steps() -> None:
         steps += 1
         if steps == 3:
             print("\nthird step begins", flush=True)
-            end = time.monotonic() + 30
-            while time.monotonic() < end:
+            while not Path("go").exists():
                 time.sleep(0.05)
         return forward(self, *args, **kwargs)
 
@@ -139,10 +212,11 @@ def jumping_clock() -> None:
 
 
 def eager_trackers() -> None:
-    """Trackers that see every flush instead of one a minute."""
+    """Trackers that see every flush instead of one a minute, and factors that are judged as often."""
+    from simpletuner_layerprobe import plugin
     from simpletuner_layerprobe.training import live
 
-    live.EVERY_SECONDS = 0.0
+    plugin.LIVE_SECONDS = 0.0
     live.COST = float("inf")
 
 
@@ -171,10 +245,12 @@ def parsed_examples() -> None:
     from pathlib import Path
     from types import SimpleNamespace
 
+    from accelerate.utils import TorchDynamoPlugin
     from simpletuner.helpers.configuration.loader import load_config
     from simpletuner.helpers.data_backend.config import create_backend_config
     from simpletuner.helpers.data_backend.factory import FactoryRegistry, init_backend_config
 
+    from simpletuner_layerprobe import plugin
     from simpletuner_layerprobe.training import trainer as probe
     from simpletuner_layerprobe.training.options import ProbeSettings
 
@@ -198,7 +274,11 @@ def parsed_examples() -> None:
             create_backend_config(backend, vars(config)).validate(vars(config))
             backends[backend["id"]] = init_backend_config(backend, config, accelerator)["config"].get("resolution")
         settings = ProbeSettings.from_config(config)
-        changed = probe.start_session(SimpleNamespace(config=config), settings).changed if settings else []
+        compiler = SimpleNamespace(dynamo_plugin=TorchDynamoPlugin(backend="no"))
+        trainer = SimpleNamespace(
+            config=config, accelerator=SimpleNamespace(state=compiler), layerprobe_watchers_of=plugin.watchers
+        )
+        changed = probe.start_session(trainer, settings).changed if settings else []
         found[name] = {"parsed": parsed, "backends": backends, "changed": changed, "probe": settings is not None}
     os.chdir(start)
     Path("found.json").write_text(json.dumps(found, default=str))

@@ -47,6 +47,22 @@ def make(folder: Path, double_blocks: int = 3, single_blocks: int = 4) -> None:
     )
 
 
+def make_assistant(folder: Path) -> None:
+    """Writes `assistant/`, a LoRA for the attention of the double blocks, and the options that load it as one."""
+    import torch
+    from safetensors.torch import save_file
+
+    draw = torch.Generator().manual_seed(1)
+    weights = {}
+    for block in range(3):
+        for layer in ("to_q", "to_v"):
+            name = f"transformer.transformer_blocks.{block}.attn.{layer}"
+            weights[f"{name}.lora_A.weight"] = torch.randn(4, tiny_sd3.WIDTH, generator=draw)
+            weights[f"{name}.lora_B.weight"] = torch.randn(tiny_sd3.WIDTH, 4, generator=draw)
+    (folder / "assistant").mkdir()
+    save_file(weights, folder / "assistant" / "pytorch_lora_weights.safetensors")
+
+
 def _rope(width: int) -> tuple[int, int, int]:
     """Flux splits a head's width over (reference, row, column) positions, all even."""
     axis = width // 6 * 2
@@ -57,3 +73,4 @@ if __name__ == "__main__":
     import sys
 
     make(Path(sys.argv[1]))
+    make_assistant(Path(sys.argv[1]))

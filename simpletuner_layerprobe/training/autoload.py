@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 HOOKS = {
     "simpletuner.simpletuner_sdk.server.services.field_registry.registry": ("training.options", "register_options"),
     "simpletuner.helpers.configuration.loader": ("training.given", "install"),
-    "simpletuner.helpers.training.trainer": ("training.trainer", "install"),
+    "simpletuner.helpers.training.trainer": ("plugin", "install"),
     "simpletuner.cli.train": ("training.signals", "install_cli"),
     "accelerate.commands.launch": ("training.signals", "install_accelerate"),
 }

@@ -29,14 +29,14 @@ class Check:
 
 def checks() -> list[Check]:
     """All checks, in the order in which they matter."""
-    found = [_autoload(), _simpletuner()]
-    found += [_package(name) for name in ("lycoris-lora", "torch", "diffusers", "accelerate")]
-    found.append(_accelerate_command())
+    results = [_autoload(), _simpletuner()]
+    results += [_package(name) for name in ("lycoris-lora", "torch", "diffusers", "accelerate")]
+    results.append(_accelerate_command())
     package = importlib.util.find_spec("simpletuner")
     if package is not None and package.origin is not None:
         root = Path(package.origin).parent
-        found += [_trainer(root), _field_registry(root), *_block_functions(root)]
-    return found
+        results += [_trainer(root), _field_registry(root), *_block_functions(root)]
+    return results
 
 
 def _autoload() -> Check:
@@ -77,18 +77,18 @@ def _package(name: str) -> Check:
 
 def _accelerate_command() -> Check:
     """SimpleTuner starts the first `accelerate` on PATH, which may belong to another environment."""
-    found = shutil.which("accelerate")
-    if found is None:
+    command = shutil.which("accelerate")
+    if command is None:
         return Check("accelerate command", False, "not on PATH", "activate the environment, then try again")
     here = Path(sys.executable).parent
-    if Path(found).parent.resolve() != here.resolve():
+    if Path(command).parent.resolve() != here.resolve():
         return Check(
             "accelerate command",
             False,
-            f"PATH finds {found}, not the one of {here}",
+            f"PATH finds {command}, not the one of {here}",
             "activate this environment: SimpleTuner would train in the other one, without the probe",
         )
-    return Check("accelerate command", True, found)
+    return Check("accelerate command", True, command)
 
 
 def _trainer(root: Path) -> Check:
@@ -111,15 +111,15 @@ def _field_registry(root: Path) -> Check:
 
 
 def _block_functions(root: Path) -> list[Check]:
-    found = []
+    results = []
     for family in FAMILIES:
         for call in sorted({entry.call for entry in family.blocks if ":" in entry.call}):
             module, function = call.split(":")
             path = root.parent.joinpath(*module.split(".")).with_suffix(".py")
             ok = path.exists() and function in _functions(path)
             remedy = "" if ok else f"family {family.name!r} cannot be probed with this SimpleTuner"
-            found.append(Check(f"{family.name} blocks", ok, f"{call} {'is there' if ok else 'is missing'}", remedy))
-    return found
+            results.append(Check(f"{family.name} blocks", ok, f"{call} {'is there' if ok else 'is missing'}", remedy))
+    return results
 
 
 def _functions(path: Path) -> set[str]:

@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from simpletuner_layerprobe.errors import ProbeError
+from simpletuner_layerprobe.errors import ConfigError
 
 TRUE_WORDS = frozenset({"true", "1", "yes", "y", "on", "t"})
 FALSE_WORDS = frozenset({"false", "0", "no", "n", "off", "f", ""})
@@ -42,15 +42,15 @@ def take_any_value(parser: argparse.ArgumentParser) -> None:
 
 def probe_arguments(argv: list[str]) -> list[str]:
     """The `--layerprobe...` arguments in a command line, as `--name=value` or `--name`."""
-    found = []
+    arguments = []
     for argument, following in zip(argv, [*argv[1:], "--"], strict=False):
         if not argument.startswith("--layerprobe"):
             continue
         if "=" in argument or following.startswith("--"):
-            found.append(argument)
+            arguments.append(argument)
         else:
-            found.append(f"{argument}={following}")
-    return found
+            arguments.append(f"{argument}={following}")
+    return arguments
 
 
 def _parsable(argument: str) -> str:
@@ -97,7 +97,7 @@ def _value(text: str) -> Any:
 
 
 def check_flag() -> None:
-    """Refuse a `layerprobe` value that is neither true nor false. Raises ProbeError."""
+    """Refuse a `layerprobe` value that is neither true nor false. Raises ConfigError."""
     value = given_options().get("layerprobe", False)
     if str(value).lower() not in TRUE_WORDS | FALSE_WORDS:
-        raise ProbeError(f"layerprobe is {value!r}; it must be true or false")
+        raise ConfigError(f"layerprobe is {value!r}; it must be true or false")

@@ -1,6 +1,8 @@
 """The noise level of a prepared batch as sigma in [0, 1] (1 = noise), and how to prescribe it: one rule a convention.
 
 The family table names a rule; which convention a family follows was read in its `model.py` of SimpleTuner 4.10.1.
+
+Shape letters: B samples of the batch.
 """
 
 from __future__ import annotations
@@ -15,6 +17,11 @@ import torch
 Level = Callable[[Any, Mapping[str, Any]], torch.Tensor]
 Draw = Callable[[int], torch.Tensor]
 Prescribe = Callable[[Any, Draw], AbstractContextManager[None]]
+Share = Callable[[Any, torch.Tensor], torch.Tensor]
+
+
+def _sigma_itself(model: Any, sigma_B: torch.Tensor) -> torch.Tensor:
+    return sigma_B
 
 
 @dataclass(frozen=True)
@@ -22,17 +29,19 @@ class NoiseRule:
     """level(model, prepared_batch) -> sigma (B,) or one value a token (B, ...), before model_predict changes the batch.
 
     prescribe(model, draw): a context in which `model.prepare_batch` uses `draw(B)` -> (B,) float32 sigmas; None if the
-    family does not let them be chosen.
+    family does not let them be chosen. share(model, sigma_B) -> b / (a + b) in [0, 1], where a * latents + b * noise
+    are the noisy latents at this sigma: the sigma itself in every convention but DDPM's.
     """
 
     level: Level
     prescribe: Prescribe | None
+    share: Share = _sigma_itself
 
 
 def sigma_of(rule: NoiseRule, model: Any, prepared_batch: Mapping[str, Any]) -> torch.Tensor:
-    """The sigma of each sample, (B,) float32 in [0, 1]; the mean over tokens where a batch has one for each."""
+    """The sigma of each sample as the batch has it, (B,) float32; the mean over tokens where there is one for each."""
     level = rule.level(model, prepared_batch).detach().float()
-    return level.reshape(level.shape[0], -1).mean(dim=1).clamp(0, 1)
+    return level.reshape(level.shape[0], -1).mean(dim=1)
 
 
 def _sampled(timesteps: Callable[[torch.Tensor], torch.Tensor]) -> Prescribe:
@@ -88,6 +97,16 @@ def step_level(model: Any, batch: Mapping[str, Any]) -> torch.Tensor:
     if model.PREDICTION_TYPE.is_flow_prediction:
         return batch["sigmas"]
     return batch["timesteps"].float() / (model.noise_schedule.config.num_train_timesteps - 1)
+
+
+def step_share(model: Any, sigma_B: torch.Tensor) -> torch.Tensor:
+    """A DDPM step mixes sqrt(p) * latents + sqrt(1 - p) * noise, where p is the schedule's `alphas_cumprod` there."""
+    if model.PREDICTION_TYPE.is_flow_prediction:
+        return sigma_B
+    kept_T = model.noise_schedule.alphas_cumprod.to(sigma_B.device, torch.float32)
+    step_B = (sigma_B * (len(kept_T) - 1)).round().long().clamp(0, len(kept_T) - 1)
+    kept_B = kept_T[step_B]
+    return (1 - kept_B).sqrt() / (kept_B.sqrt() + (1 - kept_B).sqrt())
 
 
 @contextmanager
@@ -175,5 +194,5 @@ RULES: dict[str, NoiseRule] = {
     "flow_in_clean_steps": NoiseRule(lambda model, batch: 1 - batch["timesteps"].float() / 1000, _drawn_clean_ward),
     # common.py, prepare_batch: whole steps 0 (clean) to T - 1 of a DDPM schedule. pixart, sd1x, sdxl and kolors change
     # to common flow matching, with sigmas, where the user's prediction_type is a flow.
-    "ddpm": NoiseRule(step_level, _drawn_steps),
+    "ddpm": NoiseRule(step_level, _drawn_steps, step_share),
 }

@@ -7,8 +7,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from simpletuner_layerprobe.errors import ProbeError
-from simpletuner_layerprobe.lokr.amounts import ARTICLE, preset_parameters
+from simpletuner_layerprobe.errors import ConfigError
 
 SIGMA_MODES = ("uniform", "stratified", "training")
 
@@ -76,9 +75,9 @@ OPTIONS = (
         "Stop the probe when settled",
         "NUMBER",
         0.0,
-        "Stop as soon as other samples would very likely give the same factors: when every factor of the preset in "
-        "layerprobe_preset is agreed by this share of bootstrap replicates, such as 0.95. Judged now and then, at less "
-        "than a hundredth of the run's time. 0: do not.",
+        "Stop as soon as other images like these would very likely give the same factors: when every factor of the "
+        "preset in layerprobe_preset is agreed by this share of bootstrap replicates, such as 0.95. Judged now and "
+        "then, at about a hundredth of the run's time. 0: do not.",
         step=0.01,
     ),
     Option(
@@ -132,9 +131,9 @@ class ProbeSettings:
     directory: the run folder. sigmas: one of SIGMA_MODES. samples: total number of samples of the run, 0 if the
     epochs or max_train_steps decide. flush_seconds: seconds between two writes, above 0. discover: whether to guess
     the blocks of an unknown model family. stop_when_stable: share of bootstrap replicates, below 1, that must agree
-    with every factor for the run to end by itself, 0 if it does not. preset: whose factors these are, see
-    preset.py. residual: whether to record the blocks' updates.
-    block_pairs: the most blocks in a row whose distance is recorded, 0 or 1 for single blocks alone.
+    with every factor for the run to end by itself, 0 if it does not. preset: whose factors these are, as the user wrote
+    it (plugin.py reads it). residual: whether to record the blocks' updates. block_pairs: the most blocks in a row
+    whose distance is recorded, 0 or 1 for single blocks alone.
     """
 
     directory: str
@@ -143,13 +142,13 @@ class ProbeSettings:
     flush_seconds: float = 30.0
     discover: bool = False
     stop_when_stable: float = 0.0
-    preset: str = ARTICLE
+    preset: str = "article"
     residual: bool = False
     block_pairs: int = 0
 
     @classmethod
     def from_config(cls, config: Any) -> ProbeSettings | None:
-        """Read SimpleTuner's parsed options. None if the run is not a probe-only run. Raises ProbeError."""
+        """Read SimpleTuner's parsed options. None if the run is not a probe-only run. Raises ConfigError."""
         if not config.layerprobe:
             return None
         directory = config.layerprobe_dir or os.path.join(config.output_dir, "layerprobe")
@@ -160,7 +159,7 @@ class ProbeSettings:
             flush_seconds=_seconds("layerprobe_flush_seconds", config.layerprobe_flush_seconds),
             discover=bool(config.layerprobe_discover),
             stop_when_stable=_share("layerprobe_stop_when_stable", config.layerprobe_stop_when_stable),
-            preset=_preset("layerprobe_preset", config.layerprobe_preset),
+            preset="article" if config.layerprobe_preset is None else str(config.layerprobe_preset),
             residual=bool(config.layerprobe_residual),
             block_pairs=_whole_number("layerprobe_block_pairs", config.layerprobe_block_pairs),
         )
@@ -168,7 +167,7 @@ class ProbeSettings:
 
 def _choice(name: str, value: object) -> str:
     if value not in SIGMA_MODES:
-        raise ProbeError(f"{name} is {value!r}; it must be one of {', '.join(SIGMA_MODES)}")
+        raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(SIGMA_MODES)}")
     return str(value)
 
 
@@ -176,9 +175,9 @@ def _whole_number(name: str, value: Any) -> int:
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
-        raise ProbeError(f"{name} is {value!r}; it must be a whole number, 0 or more") from None
+        raise ConfigError(f"{name} is {value!r}; it must be a whole number, 0 or more") from None
     if not (number >= 0 and number.is_integer()):
-        raise ProbeError(f"{name} is {value}; it must be a whole number, 0 or more")
+        raise ConfigError(f"{name} is {value}; it must be a whole number, 0 or more")
     return int(number)
 
 
@@ -188,28 +187,17 @@ def _share(name: str, value: Any) -> float:
     except (TypeError, ValueError, OverflowError):
         number = float("nan")
     if not (number == 0 or 0.5 <= number < 1):
-        raise ProbeError(f"{name} is {value!r}; it must be 0, or a share from 0.5 to below 1 such as 0.95")
+        raise ConfigError(f"{name} is {value!r}; it must be 0, or a share from 0.5 to below 1 such as 0.95")
     return number
-
-
-def _preset(name: str, value: Any) -> str:
-    text = ARTICLE if value is None else str(value)
-    try:
-        preset_parameters(text)
-    except ProbeError:
-        raise ProbeError(
-            f"{name} is {value!r}; it must be article, a number of parameters such as 400M, or a size such as 800MB"
-        ) from None
-    return text
 
 
 def _seconds(name: str, value: Any) -> float:
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
-        raise ProbeError(f"{name} is {value!r}; it must be a number of seconds above 0") from None
+        raise ConfigError(f"{name} is {value!r}; it must be a number of seconds above 0") from None
     if not 0 < number < float("inf"):
-        raise ProbeError(f"{name} is {value}; it must be a number of seconds above 0")
+        raise ConfigError(f"{name} is {value}; it must be a number of seconds above 0")
     return number
 
 
@@ -218,7 +206,7 @@ def register_options(registry_module: Any) -> None:
 
     `registry_module` is `simpletuner.simpletuner_sdk.server.services.field_registry.registry`. Values are checked
     by ProbeSettings and not by argparse, so that a wrong one gives one line instead of a traceback; the WebUI shows
-    the choices, and `record.config` takes them out of the parser.
+    the choices, and `given` takes them out of the parser.
     """
     types = sys.modules[registry_module.__package__ + ".types"]
     for order, option in enumerate(OPTIONS):

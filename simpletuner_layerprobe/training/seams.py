@@ -14,13 +14,9 @@ SEAMS = {
     "parse_arguments": ("self", "args", "disable_accelerator", "exit_on_error"),
     "init_trainable_peft_adapter": ("self",),
     "init_optimizer": ("self",),
-    "init_ema_model": ("self",),
     "init_trackers": ("self",),
     "init_prepare_models": ("self", "lr_scheduler"),
-    "prepare_batch": ("self", "batch"),
-    "model_predict": ("self", "prepared_batch", "custom_timesteps"),
     "_compute_model_prediction_loss": ("self", "prepared_batch"),
-    "_prepare_regularisation_parent_targets": ("self", "prepared_batch"),
     "_get_trainable_parameters": ("self",),
     "_any_rank_reached_epoch_end": ("self", "reached_epoch_end"),
     "checkpoint_state_save": ("self", "output_dir", "suffix"),
@@ -41,26 +37,26 @@ def missing_seams(trainer_class: type) -> list[str]:
 
 def missing_seams_in_source(path: Path) -> list[str]:
     """The same from the source file of `simpletuner.helpers.training.trainer`, without importing it."""
-    found: dict[str, tuple[str, ...]] = {}
+    parameters: dict[str, tuple[str, ...]] = {}
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.ClassDef) and node.name == "Trainer":
             for method in node.body:
                 if isinstance(method, ast.FunctionDef):
                     arguments = method.args
-                    found[method.name] = tuple(
-                        one.arg for one in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)
+                    parameters[method.name] = tuple(
+                        argument.arg for argument in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)
                     )
-    return _missing(found.get)
+    return _missing(parameters.get)
 
 
 def _missing(parameters: Callable[[str], tuple[str, ...] | None]) -> list[str]:
     lines = []
     for name, expected in SEAMS.items():
-        found = parameters(name)
-        if found is None:
+        actual = parameters(name)
+        if actual is None:
             lines.append(f"Trainer.{name} is missing")
-        elif found != expected:
-            lines.append(f"Trainer.{name} takes ({', '.join(found)}), expected ({', '.join(expected)})")
+        elif actual != expected:
+            lines.append(f"Trainer.{name} takes ({', '.join(actual)}), expected ({', '.join(expected)})")
     return lines
 
 

@@ -1,157 +1,149 @@
-"""One probe-only run inside the training process: from the observer's distances to the run folder."""
+"""One probe-only run inside the training process: what is to be recorded, and what the user is told of it."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
-from simpletuner_layerprobe.analyse.bootstrap import Bootstrap, Decide
-from simpletuner_layerprobe.analyse.running import RunningTally
-from simpletuner_layerprobe.analyse.settled import BINS, Stability
-from simpletuner_layerprobe.errors import ProbeError
-from simpletuner_layerprobe.lokr.amounts import preset_parameters
-from simpletuner_layerprobe.lokr.decision import of_preset
+from simpletuner_layerprobe.errors import SeamError
 from simpletuner_layerprobe.probe.families import Family
 from simpletuner_layerprobe.probe.fingerprint import fingerprint
 from simpletuner_layerprobe.probe.modules import module_table
-from simpletuner_layerprobe.probe.observer import READINGS, Observer
-from simpletuner_layerprobe.probe.rows import Facts, RowBuffer
+from simpletuner_layerprobe.probe.observer import Observer
+from simpletuner_layerprobe.readings import TOKENS
+from simpletuner_layerprobe.run.folder import write_new_file
+from simpletuner_layerprobe.run.load import RunData, load_run
 from simpletuner_layerprobe.run.lock import locked
 from simpletuner_layerprobe.run.manifest import (
-    EXTRA_SCHEMA,
     MANIFEST_NAME,
-    SCHEMA_VERSION,
+    SCHEMA,
     Manifest,
+    Module,
     Stream,
+    Target,
+    create_run,
+    new_run_id,
     utc_now,
-    write_new_file,
 )
-from simpletuner_layerprobe.run.records import SHARDS_NAME, Rows, ShardWriter, create_run, open_run, stream_sizes
-from simpletuner_layerprobe.training.live import Live
+from simpletuner_layerprobe.run.rows import UNKNOWN
+from simpletuner_layerprobe.training.facts import sample_facts, text_mask
+from simpletuner_layerprobe.training.goal import Goal
+from simpletuner_layerprobe.training.noise import RULES, sigma_of
+from simpletuner_layerprobe.training.noise_check import NoiseCheck, how_checked
 from simpletuner_layerprobe.training.options import ProbeSettings
+from simpletuner_layerprobe.training.recorder import Recorder
 from simpletuner_layerprobe.training.sigmas import stratified_sigmas, uniform_sigmas
-from simpletuner_layerprobe.training.signals import last_line
+from simpletuner_layerprobe.training.stop import Stop
+from simpletuner_layerprobe.training.summary import LastLine, start_text
 
 CONFIG_NAME = "config.json"
+
+
+class Watcher(Protocol):
+    """Looks at the run while it is recorded, on the main process. What goes wrong with it ends no run.
+
+    wants_stop: whether the run shall end after the current step.
+    """
+
+    @property
+    def wants_stop(self) -> bool: ...
+
+    def begins(self, recorded: int) -> None:
+        """Recording starts; the run has `recorded` samples from before."""
+
+    def after_flush(self) -> None:
+        """This rank has written rows."""
+
+    def at_end(self) -> None:
+        """All ranks have written their last rows."""
+
+
+@dataclass
+class _Step:
+    """One training step's forward: what its batch says, and the distances after it."""
+
+    sigma_B: torch.Tensor
+    mask_BS: torch.Tensor | None
+    facts: Mapping[str, Sequence[Any]]
+    distances: Mapping[tuple[str, str], torch.Tensor]
 
 
 class Session:
     """The state of one probe-only run in one process.
 
-    recorded: samples that the run folder had before this start. changed: what was switched off in the user's
-    config, one line per reason. idle_parameter: the one parameter that the optimizer gets.
+    options: as the user gave them. changed: what was switched off in them, one line per reason. assistant: the strength
+    of SimpleTuner's assistant LoRA, None without one. goal: how much is to be recorded. stop: what signals ask for.
+    idle_parameter: the one parameter that the optimizer gets.
     """
 
-    def __init__(self, settings: ProbeSettings, options: Mapping[str, Any]) -> None:
+    def __init__(self, settings: ProbeSettings, options: Mapping[str, Any], watchers: Sequence[Watcher] = ()) -> None:
         self.settings = settings
-        self.family: Family
         self.options = dict(options)
         self.changed: list[str] = []
-        self.idle_parameter: torch.nn.Parameter
-        self.rank = int(os.environ.get("RANK", "0"))
-        self.ranks = int(os.environ.get("WORLD_SIZE", "1"))
-        self.recorded = self._count_recorded()
-        if self.recorded and not self.nothing_to_do:
+        self.assistant: float | None = None
+        self.idle_parameter: nn.Parameter
+        self.family: Family
+        self.stop = Stop()
+        self.recorder: Recorder | None = None
+        before = self._before()
+        self.goal = Goal(settings.samples, recorded=before.samples if before else 0)
+        self._watchers = watchers if self.goal.rank == 0 else ()
+        files = before.files if before else ()
+        self._number = sum(file.samples for file in files if file.rank == self.goal.rank)
+        self._seen = Counter(before.facts["image"].tolist() if before else ())
+        if before and not self.goal.nothing_to_do:
             with self._alone():  # refused here, before the model is loaded, and not only when recording starts
                 pass
-        self.observer: Observer | None = None
-        self._writer: ShardWriter
-        self._buffer: RowBuffer
-        self._kept = 0
-        self._nonfinite = 0
-        self._drawn = 0
-        self._stop_requested = False
-        self._unwritten: list[Rows] = []
-        self._whole = False
-        self._interrupted = False
-        self._tally = RunningTally(settings.directory, bins=BINS)
-        self._stability = (
-            Stability(settings.directory, settings.stop_when_stable, self._decide_of, self._tally)
-            if self._judges
-            else None
-        )
-        self._live: Live | None = None
-        self._settled = False
-        self._ended_by = ""
-        self._armed: tuple[Mapping[str, Any], torch.Tensor, torch.Tensor | None, Facts] | None = None
-        self._distances: dict[tuple[str, str], torch.Tensor] | None = None
+        self._observer: Observer
+        self._armed = False
+        self._step: _Step | None = None
         self._started = time.monotonic()
-        self._flushed = self._started
-        self._summary = ""
+        self.last_line = LastLine(settings.directory, self.goal.rank)
 
-    def _count_recorded(self) -> int:
-        if not (Path(self.settings.directory) / MANIFEST_NAME).exists():
-            return 0
-        return open_run(self.settings.directory).sample_count()
+    def _before(self) -> RunData | None:
+        """What the run folder has already."""
+        directory = self.settings.directory
+        return load_run(directory) if (Path(directory) / MANIFEST_NAME).exists() else None
 
     def _alone(self) -> AbstractContextManager[bool]:
-        """Nobody else records this rank of this run meanwhile. Raises ProbeError if another process does."""
-        directory = Path(self.settings.directory)
+        """Nobody else records this rank of this run meanwhile. Raises RunError if another process does."""
+        directory, rank = Path(self.settings.directory), self.goal.rank
         return locked(
-            directory / SHARDS_NAME / f"rank{self.rank:05d}.lock",
-            f"another process is recording rank {self.rank} of the run {directory} already; wait for it, or choose "
+            directory / f"rank-{rank:04d}.lock",
+            f"another process is recording rank {rank} of the run {directory} already; wait for it, or choose "
             f"another layerprobe_dir",
         )
 
-    # What this rank still has to record.
+    # When it ends.
 
     @property
-    def quota(self) -> float:
-        """How many samples this rank keeps in this start; infinite if the epochs or max_train_steps decide."""
-        if not self.settings.samples:
-            return float("inf")
-        left = max(0, self.settings.samples - self.recorded)
-        return left // self.ranks + (self.rank < left % self.ranks)
-
-    @property
-    def nothing_to_do(self) -> bool:
-        return bool(self.settings.samples) and self.recorded >= self.settings.samples
-
-    @property
-    def finished(self) -> bool:
-        return self._kept >= self.quota
-
-    @property
-    def _judges(self) -> bool:
-        """Whether this rank looks at the run folder now and then, to end the run when all factors are settled."""
-        return self.rank == 0 and self.settings.stop_when_stable > 0
-
-    def _decide_of(self, manifest: Manifest) -> Callable[[Bootstrap], Decide]:
-        return of_preset(manifest, preset_parameters(self.settings.preset))
-
     def wants_to_stop(self) -> bool:
-        return self.finished or self._stop_requested or self._settled
+        return self.goal.finished or self._asked
+
+    @property
+    def _asked(self) -> bool:
+        return self.stop.requested or any(watcher.wants_stop for watcher in self._watchers)
 
     def agree(self, reached_epoch_end: bool) -> tuple[bool, bool]:
-        """What the ranks decide together: (the epoch is over, the run stops). All of them ask at the same step.
-
-        The run stops when one was told to, or when all have their samples: uneven batches may let one finish first.
-        """
-        epoch_end, asked, unfinished = reached_epoch_end, self._stop_requested or self._settled, not self.finished
-        if self.ranks > 1:
-            device = self.idle_parameter.device
-            flags = torch.tensor([epoch_end, asked, unfinished], dtype=torch.int32, device=device)
-            torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
-            epoch_end, asked, unfinished = (bool(flag) for flag in flags.tolist())
-        return epoch_end, asked or not unfinished
+        """What the ranks decide together at each step: (the epoch is over, the run stops)."""
+        return self.goal.agree(reached_epoch_end, self._asked, lambda: self.idle_parameter.device)
 
     def last_step(self, global_step: int, max_train_steps: int) -> int:
         """The number of steps after which SimpleTuner's loop ends by itself, asked in the middle of each step."""
-        if self.ranks == 1 and self.wants_to_stop():
+        if self.goal.ranks == 1 and self.wants_to_stop:
             return global_step
-        if self.settings.samples:
+        if self.goal.samples:
             return max(max_train_steps, global_step + 2)
         return max_train_steps
 
@@ -159,51 +151,53 @@ class Session:
 
     @contextmanager
     def recording(
-        self,
-        denoiser: nn.Module,
-        flavour: str,
-        run_settings: Mapping[str, object],
-        versions: Mapping[str, str],
+        self, denoiser: nn.Module, flavour: str, settings: Mapping[str, object], versions: Mapping[str, str]
     ) -> Iterator[None]:
         """Hook the denoiser, open the run folder, keep the rows safe until the end, whatever ends it.
 
-        Raises ProbeError if the folder holds a run with other settings or of another model.
+        Raises RunError if the folder holds a run with other settings or of another model.
         """
-        with (
-            Observer(denoiser, self.family, self.settings.residual, self.settings.block_pairs) as observer,
-            self._stop_on_signals(),
-        ):
-            manifest = Manifest(
-                schema=EXTRA_SCHEMA if observer.extra else SCHEMA_VERSION,
-                family=self.family.name,
-                flavour=flavour,
-                model_class=type(denoiser).__name__,
-                streams=tuple(Stream(name, blocks) for name, blocks in observer.streams.items()),
-                tokens=READINGS,
-                modules=module_table(denoiser),
-                versions=dict(versions),
-                settings={"sigmas": self.settings.sigmas, **run_settings},
-                fingerprint=fingerprint(denoiser),
-                created=utc_now(),
-                source="probe",
-                extra=observer.extra,
-            )
-            create_run(self.settings.directory, manifest)
-            with self._alone() as alone:
-                if self.rank == 0:
+        residual, pairs = self.settings.residual, self.settings.block_pairs
+        with Observer(denoiser, self.family, residual, pairs) as self._observer, self.stop.on_signals():
+            manifest = create_run(self.settings.directory, self._manifest(flavour, settings, versions))
+            with self._alone():
+                if self.goal.rank == 0:
                     self._keep_options()
-                self._writer = ShardWriter(self.settings.directory, manifest, self.rank, alone=alone)
-                self._buffer = RowBuffer(stream_sizes(manifest))
-                self.observer = observer
-                self._started = self._flushed = time.monotonic()
+                check = NoiseCheck(RULES[self.family.noise], self.family.name)
+                self.recorder = recorder = Recorder(
+                    self.settings.directory, manifest, self.goal.rank, check, self._seen, self.stop
+                )
+                self._started = time.monotonic()
+                for watcher in self._watchers:
+                    watcher.begins(self.goal.recorded)
                 try:
                     yield
                 except BaseException as error:
-                    self._ended_by = "interrupted" if isinstance(error, KeyboardInterrupt) else "ended by an error"
+                    self.last_line.ended_by(error)
                     raise
                 finally:
-                    self.observer = None
-                    self._flush_at_the_end()
+                    self.recorder = None
+                    recorder.close()
+
+    def _manifest(self, flavour: str, settings: Mapping[str, object], versions: Mapping[str, str]) -> Manifest:
+        family, denoiser = self.family, self._observer.denoiser
+        own = {"sigmas": self.settings.sigmas, "text": family.text, "noise": family.noise}
+        return Manifest(
+            schema=SCHEMA,
+            run_id=new_run_id(),
+            family=family.name,
+            flavour=flavour,
+            model_class=type(denoiser).__name__,
+            streams=tuple(Stream(name, blocks) for name, blocks in self._observer.streams.items()),
+            targets=tuple(Target(target.blocks, target.at_factor, target.at_double) for target in family.targets),
+            readings=(*TOKENS, *self._observer.extra),
+            modules=tuple(Module(*row) for row in module_table(denoiser)),
+            versions=dict(versions),
+            settings={**own, "noise_check": how_checked(family.name), **settings},
+            fingerprint=fingerprint(denoiser),
+            created=utc_now(),
+            source="probe",
+        )
 
     def _keep_options(self) -> None:
         """Put the user's SimpleTuner options beside the manifest, for the follow-up's config."""
@@ -212,198 +206,69 @@ class Session:
             data = json.dumps(self.options, indent=4).encode()
             write_new_file(path, lambda file: file.write(data + b"\n"))
 
-    def arm(
-        self, batch: Mapping[str, Any], sigma_B: torch.Tensor, text_mask_BS: torch.Tensor | None, facts: Facts
-    ) -> None:
-        """The next forward is the one of a training step on `batch`, with these sigmas and facts."""
-        self._armed = (batch, sigma_B, text_mask_BS, facts)
+    def arm(self) -> None:
+        """The next forward is the one of a training step."""
+        self._armed, self._step = True, None
 
     @contextmanager
-    def forward(self) -> Iterator[None]:
-        """Around a forward of the model: observed if armed, else let through."""
-        if self.observer is None or self._armed is None or self._distances is not None:
+    def forward(self, model: Any, batch: Mapping[str, Any]) -> Iterator[None]:
+        """Around a forward of SimpleTuner's `model` for a prepared batch: observed if armed, else let through."""
+        if self.recorder is None or not self._armed:
             yield
             return
-        self.observer.begin(self._armed[0], self._armed[2])
-        yield
-        self._distances = self.observer.finish()
-
-    def commit(self, loss: torch.Tensor, text_tokens: int) -> None:
-        """Keep the rows of the armed step. text_tokens: length of the text, for batches without a mask.
-
-        Raises ProbeError if the step ran no forward.
-        """
-        assert self._armed is not None
-        if self._distances is None:
-            raise ProbeError("the training step ran no forward of the model; there is nothing to record")
-        _, sigma_B, mask_BS, facts = self._armed
+        self._armed = False
+        # All of it before the forward: some families change the batch in theirs.
+        sigma_B = sigma_of(RULES[self.family.noise], model, batch)
         count = len(sigma_B)
-        sizes = {len(value) for value in self._distances.values()}
+        mask_BS, facts = text_mask(batch, count), sample_facts(batch, count)
+        self.recorder.check.add(model, batch, sigma_B)
+        self._observer.begin(batch, mask_BS)
+        yield
+        self._step = _Step(sigma_B, mask_BS, facts, self._observer.finish())
+
+    def commit(self, loss: torch.Tensor) -> None:
+        """Keep the rows of the armed step. Raises SeamError if it ran no forward, or one with other samples."""
+        step, recorder = self._step, self.recorder
+        if step is None or recorder is None:
+            raise SeamError("the training step ran no forward of the model; there is nothing to record")
+        count = len(step.sigma_B)
+        sizes = {len(value) for value in step.distances.values()}
         if sizes != {count}:
-            raise ProbeError(f"the model's forward gave {sorted(sizes)} rows for a batch of {count} samples")
-        tokens_B = torch.full((count,), text_tokens, device=sigma_B.device) if mask_BS is None else mask_BS.sum(dim=1)
-        keep = int(min(count, self.quota - self._kept))
-        with self._not_interrupted():
-            self._buffer.append(self._distances, sigma_B, tokens_B, loss, facts, keep)
-        self._kept += keep
-        self._armed = None
-        self._distances = None
-        if time.monotonic() - self._flushed >= self.settings.flush_seconds:
-            self.flush()
-            self._judge()
-            self.show()
+            raise SeamError(f"the model's forward gave {sorted(sizes)} rows for a batch of {count} samples")
+        unknown_B = torch.full((count,), UNKNOWN["text_tokens"], dtype=torch.int32, device=step.sigma_B.device)
+        tokens_B = unknown_B if step.mask_BS is None else step.mask_BS.sum(dim=1)
+        kept = self.goal.keep(count)
+        recorder.keep(step.distances, step.sigma_B, loss, tokens_B, step.facts, kept)
+        self._number += kept
+        self._step = None
+        if time.monotonic() - recorder.flushed >= self.settings.flush_seconds:
+            recorder.flush()
+            for watcher in self._watchers:
+                watcher.after_flush()
 
-    def flush(self) -> None:
-        """Write the rows since the last flush as one shard. Rows that the disk refuses are kept for another try."""
-        self._flushed = time.monotonic()
-        with self._not_interrupted():
-            rows = self._buffer.take()
-            if rows is not None:
-                self._unwritten.append(rows)
-                self._nonfinite += rows.nonfinite()
-            while self._unwritten:
-                self._writer.write(self._unwritten[0])
-                self._unwritten.pop(0)
+    def draw_sigmas(self, count: int, seed: int) -> NDArray[np.float64]:
+        """The sigmas of the next `count` samples of this rank, (count,) in [0, 1): the same until these are kept."""
+        draw = uniform_sigmas if self.settings.sigmas == "uniform" else stratified_sigmas
+        return draw(range(self._number, self._number + count), seed=seed, rank=self.goal.rank)
 
-    def _flush_at_the_end(self) -> None:
-        try:
-            self.flush()
-        except ProbeError as error:
-            lost = sum(map(len, self._unwritten))
-            raise ProbeError(
-                f"{error}; the {lost} samples since the last flush are lost, all before them are kept: "
-                "make room or set another layerprobe_dir, then start the same command again"
-            ) from None
-
-    @contextmanager
-    def _not_interrupted(self) -> Iterator[None]:
-        """A second Ctrl-C in here takes effect at the end: no row is kept by halves or written twice."""
-        self._whole = True
-        try:
-            yield
-        finally:
-            self._whole = False
-        if self._interrupted:
-            self._interrupted = False
-            raise KeyboardInterrupt
-
-    def _judge(self) -> None:
-        """Ask the run to end, as a signal does, when all factors are settled. A run that cannot be judged goes on."""
-        if self._stability is None or self._settled:
-            return
-        try:
-            self._settled = self._stability.settled()
-        except ProbeError as error:
-            print(f"layerprobe: warning: layerprobe_stop_when_stable has no effect any more: {error}", flush=True)
-            self._stability = None
-            return
-        if self._settled:
+    def end(self, wait_for_everyone: Callable[[], None]) -> None:
+        """After the loop, on every rank: write the last rows, let the watchers look, count for the last line."""
+        assert self.recorder is not None
+        self.recorder.flush()
+        wait_for_everyone()
+        for watcher in self._watchers:
+            watcher.at_end()
+        if self.recorder.nonfinite:
             print(
-                f"\nlayerprobe: at least {self.settings.stop_when_stable:.1%} of the bootstrap replicates of "
-                f"{self._stability.samples} samples agree with every factor: stopping after this step",
+                f"\nlayerprobe: warning: {self.recorder.nonfinite} of the {self.goal.kept} samples of rank "
+                f"{self.goal.rank} have distances that are not finite (NaN or infinite states): counted by layerprobe "
+                "status, left out of every mean",
                 flush=True,
             )
-
-    def show_in(self, trackers: Callable[[], Sequence[Any]], step: Callable[[], int]) -> None:
-        """Log to the trackers of the main process from now on: see `record.live`."""
-        if self.rank == 0:
-            self._live = Live(trackers, step, self._tally, self.recorded, self._stability)
-
-    def show(self, *, last: bool = False) -> None:
-        """Let the trackers see how far the run is, if it is time. last: the run is over."""
-        if self._live is not None:
-            self._live.update(last=last)
-
-    def draw_sigmas(self, count: int, seed: int) -> np.ndarray:
-        """The sigmas of the next `count` samples of this rank, (count,) float64 in [0, 1)."""
-        first = self._drawn
-        self._drawn += count
-        if self.settings.sigmas == "uniform":
-            return uniform_sigmas(count, seed=seed, rank=self.rank, first=self.recorded + first)
-        sample_N = self.recorded + self.rank + self.ranks * np.arange(first, first + count)
-        return stratified_sigmas(sample_N, seed=seed)
-
-    @contextmanager
-    def _stop_on_signals(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM end the run after the current step; a second one interrupts at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def stop(number: int, frame: FrameType | None) -> None:
-            if self._stop_requested:
-                if self._whole:
-                    self._interrupted = True
-                    return
-                raise KeyboardInterrupt
-            self._stop_requested = True
-            print("\nlayerprobe: stopping after this step; once more to stop at once", flush=True)
-
-        previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
-    def interrupt_on_terminate(self) -> None:
-        """Before the loop there is nothing to finish: SIGTERM ends the process as Ctrl-C does."""
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, signal.default_int_handler)
-
-    # What the user sees.
+        total = load_run(self.settings.directory).samples
+        self.last_line.recorded(total - self.goal.recorded, total, time.monotonic() - self._started)
 
     def start_text(self, device: str) -> str:
-        """The summary at the start: what the probe records and what it switched off."""
-        assert self.observer is not None
-        blocks = ", ".join(f"{len(paths)} {stream}" for stream, paths in self.observer.streams.items())
-        lines = [
-            f"layerprobe: probe-only run, nothing is trained. Blocks: {blocks}. Sigmas: {self.settings.sigmas}. "
-            f"Samples: {self.settings.samples or 'as max_train_steps or the epochs give'}. Device: {device}.",
-            f"layerprobe: run folder {self.settings.directory}"
-            + (f", goes on after {self.recorded} samples" if self.recorded else ""),
-        ]
-        if self.observer.extra:
-            lines.append(f"layerprobe: further readings: {', '.join(self.observer.extra)}")
-        if self.settings.stop_when_stable:
-            lines.append(
-                f"layerprobe: ends by itself when every factor of the preset {self.settings.preset} is agreed by "
-                f"{self.settings.stop_when_stable:.1%} of the bootstrap replicates"
-            )
-        lines += [f"layerprobe: switched off or overridden - {line}" for line in self.changed]
-        return "\n".join(lines)
-
-    def finish(self) -> None:
-        """After the loop, on every rank: count what the run has now, for the last line."""
-        directory = self.settings.directory
-        if self._nonfinite:
-            print(
-                f"\nlayerprobe: warning: {self._nonfinite} of the {self._kept} samples of rank {self.rank} have "
-                "distances that are not finite (NaN or infinite states): counted by layerprobe status, left out of "
-                "every mean",
-                flush=True,
-            )
-        total = open_run(directory).sample_count()
-        new = total - self.recorded
-        seconds = time.monotonic() - self._started
-        figures = os.path.join(directory, "figures")
-        self._summary = (
-            f"layerprobe: {new} samples in {seconds:.1f} s ({new / seconds:.2f} samples/s), "
-            f"{total} in the run {directory}; next: layerprobe heatmap {directory} --out {figures}"
-        )
-
-    def finish_early(self) -> None:
-        directory = self.settings.directory
-        self._summary = (
-            f"layerprobe: the run {directory} has its {self.recorded} samples already, nothing to do; "
-            f"raise layerprobe_samples ({self.settings.samples}) for more"
-        )
-
-    def print_summary(self) -> None:
-        """The last line, once, on the main process."""
-        if self._ended_by:
-            self._summary = f"layerprobe: {self._ended_by}; what was written is kept in {self.settings.directory}"
-        if self._summary and self.rank == 0:
-            last_line(self._summary)
-        self._summary = ""
-        self._ended_by = ""
+        """What the user is told at the start."""
+        observer = self._observer
+        return start_text(self.settings, self.goal, observer.streams, observer.extra, self.changed, device)

@@ -1,9 +1,9 @@
 """What the probe adds to the processes that start a training: a clean stop and a clean error.
 
-`simpletuner train` starts `accelerate launch`, which starts the training process. On Ctrl-C the first one
-ends the others and returns 130; on SIGTERM it leaves them behind. A probe-only run shall end with its rows
-written and exit code 0 instead. The training process announces itself by a file whose folder the first
-process names in the environment; without such a file everything stays SimpleTuner's.
+`simpletuner train` starts `accelerate launch`, which starts the training process. On Ctrl-C the first one ends the
+others and returns 130; on SIGTERM it leaves them behind, and the second one dies of it. A probe-only run shall end with
+its rows written and exit code 0 instead. The training process announces itself by a file whose folder the first process
+names in the environment; without such a file everything stays SimpleTuner's.
 """
 
 from __future__ import annotations
@@ -26,6 +26,13 @@ ENDED = "ended"
 STOP_SECONDS = 600.0
 
 _pending: list[str] = []
+
+
+class _Launcher:
+    """What `simpletuner train` was told. asked: how often it has asked the training processes to end."""
+
+    terminated = False
+    asked = 0
 
 
 def announce() -> None:
@@ -51,7 +58,18 @@ def _print_pending() -> None:
 
 def announced(folder: str) -> list[int]:
     """The processes that announced themselves."""
-    return [int(name) for name in os.listdir(folder) if name.isdecimal()]
+    return [int(name) for name in os.listdir(folder) if name.isdecimal()] if os.path.isdir(folder) else []
+
+
+def _hand_on(number: int, folder: str) -> bool:
+    """Send a signal to the training processes; whether there are any."""
+    pids = announced(folder)
+    for pid in pids:
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            continue
+    return bool(pids)
 
 
 def install_cli(module: Any) -> None:
@@ -69,9 +87,12 @@ def _clean_stop(original: Callable[..., int]) -> Callable[..., int]:
         os.environ[FOLDER_VARIABLE] = folder
 
         def on_terminate(number: int, frame: Any) -> None:
-            signal.signal(signal.SIGTERM, previous)
+            if _Launcher.terminated or _Launcher.asked:  # we are waiting for the end of the step
+                return
             if announced(folder):
+                _Launcher.terminated = True
                 raise KeyboardInterrupt
+            signal.signal(signal.SIGTERM, previous)
             os.kill(os.getpid(), signal.SIGTERM)
 
         previous = signal.signal(signal.SIGTERM, on_terminate)
@@ -90,16 +111,14 @@ def _clean_stop(original: Callable[..., int]) -> Callable[..., int]:
 
 
 def _ask_before_ending(original: Callable[..., None]) -> Callable[..., None]:
+    """Called for a Ctrl-C or a SIGTERM, and again for a Ctrl-C while it waits."""
+
     @functools.wraps(original)
     def terminate(process: Any, *args: Any, **kwargs: Any) -> None:
         folder = os.environ.get(FOLDER_VARIABLE, "")
-        pids = announced(folder) if folder and os.path.isdir(folder) else []
-        for pid in pids:
-            try:
-                os.kill(pid, signal.SIGTERM)
-            except ProcessLookupError:
-                continue
-        if pids:
+        number = signal.SIGTERM if _Launcher.terminated and not _Launcher.asked else signal.SIGINT
+        if _hand_on(number, folder):
+            _Launcher.asked += 1
             try:
                 if process.wait(timeout=STOP_SECONDS) == 0:
                     Path(folder, ENDED).touch()
@@ -112,17 +131,24 @@ def _ask_before_ending(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def install_accelerate(module: Any) -> None:
-    """In `accelerate launch`: no traceback of its own below the one-line error of a probe-only run."""
-    if FOLDER_VARIABLE not in os.environ:
+    """In `accelerate launch`: it outlives a SIGTERM, and prints no traceback below the error of a probe-only run."""
+    folder = os.environ.get(FOLDER_VARIABLE)
+    if folder is None:
         return
     original = module.simple_launcher
 
+    def on_terminate(number: int, frame: Any) -> None:
+        if not _hand_on(number, folder):
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
+
     @functools.wraps(original)
     def simple_launcher(*args: Any, **kwargs: Any) -> None:
+        signal.signal(signal.SIGTERM, on_terminate)
         try:
             original(*args, **kwargs)
         except subprocess.CalledProcessError as error:
-            if not announced(os.environ[FOLDER_VARIABLE]):
+            if not announced(folder):
                 raise
             sys.exit(error.returncode if error.returncode > 0 else 1)
 

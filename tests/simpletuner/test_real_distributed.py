@@ -11,13 +11,21 @@ import os
 import signal
 import socket
 import subprocess
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from test_real_cli import ENVIRONMENT
-from test_real_run import RUN, assert_one_line_error, column, run_of, set_options
+from test_real_run import (
+    RUN,
+    assert_one_line_error,
+    contents,
+    of_rank,
+    run_of,
+    samples_per_rank,
+    set_options,
+    wait_for_batches,
+)
 
 
 def free_port() -> int:
@@ -27,12 +35,13 @@ def free_port() -> int:
         return port
 
 
-def start_ranks(simpletuner, folder: Path, ranks: int) -> list:
+def start_ranks(simpletuner, folder: Path, ranks: int, setup: str = "") -> list:
     port = str(free_port())
     return [
         simpletuner.start(
             folder,
             "tiny-probe",
+            setup=setup,
             log=f"log{rank}.txt",
             environment={
                 "RANK": str(rank),
@@ -48,74 +57,67 @@ def start_ranks(simpletuner, folder: Path, ranks: int) -> list:
     ]
 
 
-def wait_for_shards(folder: Path, ranks: int, count: int, process_log) -> None:
-    """Until every rank has written `count` shards."""
-    end = time.monotonic() + 240
-    while any(len(list((folder / RUN / "shards").glob(f"rank{r:05d}-*.safetensors"))) < count for r in range(ranks)):
-        assert time.monotonic() < end, process_log()[-4000:]
-        time.sleep(0.1)
-
-
 def test_two_ranks_then_one_then_three(simpletuner, tiny):
-    """Each start goes on with what is left; stratified sigmas fill their strata across all of them."""
+    """Each start goes on with what is left, and each rank in its own sequence of sigmas."""
     folder = tiny(layerprobe_samples=11, layerprobe_sigmas="stratified", num_train_epochs=1)
-    expected = {}
+    expected: dict[int, int] = {}
     for ranks, total, new in ((2, 11, {0: 6, 1: 5}), (1, 14, {0: 3}), (3, 30, {0: 6, 1: 5, 2: 5})):
         set_options(folder, layerprobe_samples=total)
-        before = {path: path.read_bytes() for path in run_of(folder).shards} if (folder / RUN).exists() else {}
-        results = [one.result() for one in start_ranks(simpletuner, folder, ranks)]
+        before = contents(run_of(folder)) if (folder / RUN).exists() else {}
+        results = [rank.result() for rank in start_ranks(simpletuner, folder, ranks)]
         assert [result.code for result in results] == [0] * ranks, results[-1].log[-4000:]
         expected = {rank: expected.get(rank, 0) + new.get(rank, 0) for rank in expected.keys() | new.keys()}
         run = run_of(folder)
-        assert run.samples_per_rank() == expected and run.sample_count() == total
-        assert all(path.read_bytes() == data for path, data in before.items())
+        assert samples_per_rank(run) == expected and run.samples == total
+        assert before.items() <= contents(run).items()
         assert f"layerprobe: {sum(new.values())} samples in" in results[0].line("layerprobe: ")
         assert f"{total} in the run" in results[0].line("layerprobe: ")
-    sigma_N = column(run_of(folder), "sigma_N")
-    assert len(np.unique(sigma_N)) == 30
-    assert np.bincount((10 * sigma_N).astype(int), minlength=10).tolist() == [3] * 10
+    assert len(np.unique(run.sigma)) == 30
+    for rank, count in expected.items():
+        tenths = (10 * run.sigma[of_rank(run, rank)]).astype(int)
+        for start in range(0, count, 10):  # every ten samples of a rank fill the ten tenths
+            window = tenths[start : start + 10].tolist()
+            assert len(set(window)) == len(window)
 
 
 def test_a_rank_that_dies_ends_the_others_and_their_rows_are_kept(simpletuner, tiny):
     folder = tiny(max_train_steps=100_000, layerprobe_flush_seconds=0.2)
     ranks = start_ranks(simpletuner, folder, 3)
-    wait_for_shards(folder, 3, 2, ranks[0].text)
+    wait_for_batches(folder, 2, ranks[0].text, ranks=3)
     os.kill(ranks[1].pid, signal.SIGKILL)
-    killed = time.monotonic()
-    results = [one.result(60) for one in ranks]
-    assert time.monotonic() - killed < 60
+    results = [rank.result() for rank in ranks]
     assert results[1].code == -signal.SIGKILL
     for rank in (0, 2):
         assert results[rank].code not in (0, None)
-    counts = run_of(folder).samples_per_rank()
+    counts = samples_per_rank(run_of(folder))
     assert set(counts) == {0, 1, 2}
     # The survivors had finished as many steps as each other, give or take the one that failed.
     assert abs(counts[0] - counts[2]) <= 1 and counts[1] <= counts[0] + 1
     assert "Connection closed by peer" in results[0].log or "what was written is kept in" in results[0].log
-    assert not list((folder / RUN / "shards").glob("rank00000.lock"))
+    assert not list((folder / RUN).glob("rank-0000.lock"))
     # And the run goes on, with fewer ranks.
     set_options(folder, layerprobe_samples=sum(counts.values()) + 4)
     result = simpletuner.run(folder, "tiny-probe")
     assert result.code == 0, result.log[-4000:]
-    assert run_of(folder).sample_count() == sum(counts.values()) + 4
+    assert run_of(folder).samples == sum(counts.values()) + 4
 
 
 def test_two_trainings_of_one_run_at_the_same_time(simpletuner, tiny):
     """The second says so and ends, before the model is loaded; after a SIGKILL of the first there is no lock left."""
     folder = tiny(max_train_steps=100_000, layerprobe_flush_seconds=0.2)
     first = simpletuner.start(folder, "tiny-probe")
-    wait_for_shards(folder, 1, 2, first.text)
+    wait_for_batches(folder, 2, first.text)
     second = simpletuner.run(folder, "tiny-probe", log="second.txt")
     assert_one_line_error(second, "another process is recording rank 0 of the run", "choose another layerprobe_dir")
     os.kill(first.pid, signal.SIGKILL)
     assert first.result().code == -signal.SIGKILL
-    assert (folder / RUN / "shards" / "rank00000.lock").exists()
-    before = run_of(folder).sample_count()
+    assert (folder / RUN / "rank-0000.lock").exists()
+    before = run_of(folder).samples
     set_options(folder, layerprobe_samples=before + 2)
     third = simpletuner.run(folder, "tiny-probe", log="third.txt")
     assert third.code == 0, third.log[-4000:]
-    assert run_of(folder).sample_count() == before + 2
-    assert not (folder / RUN / "shards" / "rank00000.lock").exists()
+    assert run_of(folder).samples == before + 2
+    assert not (folder / RUN / "rank-0000.lock").exists()
 
 
 @pytest.mark.parametrize(
@@ -162,16 +164,14 @@ def test_a_rank_that_dies_under_torchrun(tiny):
             stderr=output,
         )
         try:
-            wait_for_shards(folder, 2, 2, lambda: log.read_text(errors="replace"))
+            wait_for_batches(folder, 2, lambda: log.read_text(errors="replace"), ranks=2)
             workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
             ranks = {int(Path(f"/proc/{pid}/environ").read_text().split("\0RANK=")[1][0]): int(pid) for pid in workers}
             os.kill(ranks[1], signal.SIGKILL)
-            killed = time.monotonic()
-            assert process.wait(timeout=60) == 1
-            assert time.monotonic() - killed < 60
+            assert process.wait(timeout=600) == 1
         finally:
             process.kill()
     assert not Path(f"/proc/{ranks[0]}").exists()
-    counts = run_of(folder).samples_per_rank()
+    counts = samples_per_rank(run_of(folder))
     assert counts[0] >= 2 and counts[1] >= 2
     assert "Signal 9 (SIGKILL) received by PID" in log.read_text(errors="replace")

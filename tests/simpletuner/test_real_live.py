@@ -11,7 +11,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import IMAGES, SCALARS, TENSORS, EventAccumulator
 from test_real_run import run_of
 
-from simpletuner_layerprobe.analyse.heatmap import heatmaps
+from simpletuner_layerprobe import api
 from simpletuner_layerprobe.show.live_image import live_image
 
 
@@ -36,7 +36,7 @@ def test_tensorboard_gets_the_numbers_and_the_heatmaps(simpletuner, tiny):
     result = simpletuner.run(folder, "tiny-probe", setup="setups.py:eager_trackers")
     assert result.code == 0, result.log[-4000:]
     run = run_of(folder)
-    total = run.sample_count()
+    total = run.samples
     assert 100 <= total <= 120  # it may end by itself from 100 on
 
     found = events(folder)
@@ -50,12 +50,12 @@ def test_tensorboard_gets_the_numbers_and_the_heatmaps(simpletuner, tiny):
     settled = [one.value for one in found.Scalars("layerprobe/settled")]
     assert settled[0] == 0 and 0 <= settled[-1] <= 1 and (settled[-1] == 1 or total == 120)
 
-    for stream, heatmap in heatmaps(run).items():
+    for stream, heatmap in api.load(run.path).heatmaps().items():
         images = found.Images(f"layerprobe/heatmap_{stream}")
         assert 2 <= len(images) < len(samples)
         picture = np.asarray(Image.open(io.BytesIO(images[-1].encoded_image_string)).convert("RGB"))
         title = f"{stream} stream, last token, {total} samples"
-        np.testing.assert_array_equal(picture, live_image(title, heatmap.mean_TL, heatmap.count_T))
+        np.testing.assert_array_equal(picture, live_image(title, heatmap.values_TL, heatmap.counts_T))
 
     # SimpleTuner's own metrics have the numbers too.
     lines = (folder / "output" / "tiny-probe" / "training_metrics.jsonl").read_text().splitlines()
@@ -67,7 +67,7 @@ def test_a_tracker_that_fails_ends_nothing(simpletuner, tiny):
     folder = tiny(max_train_steps=30, layerprobe_flush_seconds=0.05, report_to="tensorboard")
     result = simpletuner.run(folder, "tiny-probe", setup="setups.py:failing_tracker")
     assert result.code == 0, result.log[-4000:]
-    assert run_of(folder).sample_count() == 30
+    assert run_of(folder).samples == 30
     line = "layerprobe: warning: nothing more is logged to the trackers: OSError: [Errno 28] No space left on device"
     assert result.log.count(line) == 1
     assert len(events(folder).Scalars("layerprobe/samples")) == 1
@@ -81,8 +81,8 @@ def test_wandb_offline_gets_them_too(simpletuner, tiny):
     (record,) = folder.glob("wandb/offline-run-*/run-*.wandb")
     for name in ("samples", "samples_per_second", "sigma_coverage"):
         assert f"layerprobe/{name}".encode() in record.read_bytes()
-    for stream, heatmap in heatmaps(run_of(folder)).items():
+    for stream, heatmap in api.load(run_of(folder).path).heatmaps().items():
         paths = list(record.parent.glob(f"files/media/images/layerprobe/heatmap_{stream}_*.png"))
         title = f"{stream} stream, last token, 6 samples"
-        last = live_image(title, heatmap.mean_TL, heatmap.count_T)
+        last = live_image(title, heatmap.values_TL, heatmap.counts_T)
         assert any(np.array_equal(np.asarray(Image.open(path).convert("RGB")), last) for path in paths)

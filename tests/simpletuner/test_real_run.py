@@ -6,23 +6,59 @@ import json
 import os
 import signal
 import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from test_real_sd3 import assert_equal_to_reference
 
-from simpletuner_layerprobe.run.records import Run, open_run
+from simpletuner_layerprobe.run.load import RunData, load_run
+from simpletuner_layerprobe.run.rows import image_hash
 
 RUN = Path("output", "tiny-probe", "layerprobe")
 
 
-def run_of(folder: Path) -> Run:
-    return open_run(folder / RUN)
+def run_of(folder: Path) -> RunData:
+    return load_run(folder / RUN)
 
 
-def column(run: Run, name: str) -> np.ndarray:
-    return np.concatenate([getattr(rows, name) for rows in run.rows()])
+def contents(run: RunData) -> dict[Path, bytes]:
+    """The stream files as they are now."""
+    return {file.path: file.path.read_bytes() for file in run.files}
+
+
+def of_rank(run: RunData, rank: int) -> list[int]:
+    """The numbers of the run's samples that this rank recorded, in order."""
+    starts = np.cumsum([0, *(file.samples for file in run.files)])
+    return [
+        n
+        for file, at in zip(run.files, starts, strict=False)
+        if file.rank == rank
+        for n in range(at, at + file.samples)
+    ]
+
+
+def samples_per_rank(run: RunData) -> dict[int, int]:
+    counts: Counter[int] = Counter()
+    for file in run.files:
+        counts[file.rank] += file.samples
+    return dict(counts)
+
+
+def wait_for_batches(folder: Path, count: int, log: Callable[[], str], ranks: int = 1, besides: int = 0) -> None:
+    """Until each of the ranks has written `count` batches, besides those that the run had."""
+    end = time.monotonic() + 600
+    while True:
+        run = run_of(folder) if (folder / RUN / "manifest.json").exists() else None
+        batches: Counter[int] = Counter()
+        for file in run.files if run else ():
+            batches[file.rank] += file.batches
+        if all(batches[rank] >= besides + count for rank in range(ranks)):
+            return
+        assert time.monotonic() < end, log()[-4000:]
+        time.sleep(0.05)
 
 
 def set_options(folder: Path, **options: object) -> None:
@@ -43,9 +79,9 @@ def test_sample_count_is_exact_and_a_second_start_goes_on(simpletuner, tiny):
     folder = tiny(train_batch_size=2, layerprobe_samples=5, layerprobe_sigmas="stratified", num_train_epochs=1)
     result = simpletuner.run(folder, "tiny-probe")
     assert result.code == 0, result.log[-4000:]
-    assert run_of(folder).sample_count() == 5
+    assert run_of(folder).samples == 5
     assert "layerprobe: 5 samples in" in result.line("layerprobe: ")
-    shards = {path: path.read_bytes() for path in run_of(folder).shards}
+    files = contents(run_of(folder))
 
     set_options(folder, layerprobe_samples=10)
     result = simpletuner.run(folder, "tiny-probe")
@@ -53,22 +89,51 @@ def test_sample_count_is_exact_and_a_second_start_goes_on(simpletuner, tiny):
     assert "goes on after 5 samples" in result.log
     assert "5 samples in" in result.line("layerprobe: ") and "10 in the run" in result.line("layerprobe: ")
     run = run_of(folder)
-    assert run.sample_count() == 10
+    assert run.samples == 10
     # Ten consecutive samples of a stratified run fill the ten tenths, across a restart too.
-    assert sorted((column(run, "sigma_N") * 10).astype(int)) == list(range(10))
+    assert sorted((run.sigma * 10).astype(int)) == list(range(10))
     # New noise and crops: not the first five samples again.
-    assert len(np.unique(column(run, "loss_N"))) > 5
-    assert all(path.read_bytes() == content for path, content in shards.items())
+    assert len(np.unique(run.loss)) > 5
+    assert files.items() < contents(run).items()
+
+    # The same image counts on over the restart.
+    came: Counter[int] = Counter()
+    for image, repeat in zip(run.facts["image"].tolist(), run.facts["repeat"].tolist(), strict=True):
+        assert repeat == came[image]
+        came[image] += 1
+    assert run.facts["repeat"].max() > 0
 
     result = simpletuner.run(folder, "tiny-probe")
     assert result.code == 0
     assert "has its 10 samples already" in result.line("layerprobe: ")
-    assert run_of(folder).sample_count() == 10
+    assert run_of(folder).samples == 10
 
     set_options(folder, layerprobe_sigmas="uniform", layerprobe_samples=20)
     result = simpletuner.run(folder, "tiny-probe")
     assert_one_line_error(result, "sigmas", "'stratified'", "'uniform'")
-    assert run_of(folder).sample_count() == 10
+    assert run_of(folder).samples == 10
+
+
+def test_the_facts_of_every_sample(simpletuner, tiny):
+    folder = tiny(max_train_steps=20, caption_dropout_probability=0.3, layerprobe_flush_seconds=1000)
+    result = simpletuner.run(folder, "tiny-probe")
+    assert result.code == 0, result.log[-4000:]
+    facts = run_of(folder).facts
+    captions = {
+        image_hash("photographs", str(path)): path.with_suffix(".txt").read_text().splitlines()
+        for path in (folder / "photographs").iterdir()
+        if path.suffix in (".jpg", ".png")
+    }
+    assert set(facts["image"].tolist()) <= set(captions) and run_of(folder).images == 6
+    for n, image in enumerate(facts["image"].tolist()):
+        lengths = {(len(caption.split()), len(caption)) for caption in captions[image]}
+        length = facts["caption_words"][n], facts["caption_characters"][n]
+        assert length in (lengths if facts["dropped"][n] == 0 else {(0, 0)})
+    assert set(facts["dropped"].tolist()) == {0, 1} and len(set(facts["caption_words"].tolist())) > 2
+    assert set(facts["text_tokens"].tolist()) == {-1}  # SD3's text has no mask: a constant is no fact
+    assert set(facts["width"].tolist()) == set(facts["height"].tolist()) == {128}
+    assert facts["crop_top"].min() >= 0 and facts["crop_left"].min() >= 0
+    assert set(facts["backend"].tolist()) == {"photographs"}
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -76,14 +141,13 @@ def test_a_signal_ends_the_run_with_all_rows_written(simpletuner, tiny, number):
     folder = tiny(max_train_steps=5000, layerprobe_flush_seconds=0.2)
     started = simpletuner.start(folder, "tiny-probe")
     started.wait_for("5000 [")
-    while len(list((folder / RUN / "shards").glob("*.safetensors"))) < 2:
-        time.sleep(0.1)
+    wait_for_batches(folder, 2, started.text)
     os.kill(started.pid, number)
     result = started.result()
     assert result.code == 0, result.log[-4000:]
     run = run_of(folder)
-    assert 0 < run.sample_count() < 5000
-    assert f"layerprobe: {run.sample_count()} samples in" in result.line("layerprobe: ")
+    assert 0 < run.samples < 5000
+    assert f"layerprobe: {run.samples} samples in" in result.line("layerprobe: ")
 
 
 def test_everything_that_trains_is_switched_off(simpletuner, tiny):
@@ -115,17 +179,13 @@ def test_everything_that_trains_is_switched_off(simpletuner, tiny):
     assert result.code == 0, result.log[-4000:]
 
     run = run_of(folder)
-    assert run.sample_count() >= 3 * 2  # three updates of two batches each
-    assert set(column(run, "caption_dropped_N")) <= {0, 1}
-    assert set(np.concatenate([np.array(rows.backends)[rows.backend_N] for rows in run.rows()])) <= {
-        "photographs",
-        "wide",
-    }
-    assert {int(size) for size in column(run, "width_N")} != {0}
+    assert run.samples >= 3 * 2  # three updates of two batches each
+    assert set(run.facts["dropped"]) <= {0, 1}
+    assert set(run.facts["backend"]) <= {"photographs", "wide"}
+    assert {int(size) for size in run.facts["width"]} != {0}
     for line in (
         "no optimizer: optimizer (was optimi-lion)",
         "use_ema",
-        "model_type (was full)",
         "gradient_checkpointing",
     ):
         assert line in result.log
@@ -138,7 +198,7 @@ def test_training_sigmas_keep_the_users_schedule(simpletuner, tiny):
     folder = tiny(layerprobe_sigmas="training", flow_custom_timesteps="250,750", max_train_steps=6)
     result = simpletuner.run(folder, "tiny-probe")
     assert result.code == 0, result.log[-4000:]
-    assert set(column(run_of(folder), "sigma_N")) <= {0.25, 0.75}
+    assert set(run_of(folder).sigma) <= {0.25, 0.75}
 
 
 def test_toml_and_command_line(simpletuner, tiny):
@@ -150,7 +210,7 @@ def test_toml_and_command_line(simpletuner, tiny):
     path.with_suffix(".toml").write_text("\n".join(lines) + "\n")
     result = simpletuner.run(folder, "tiny-probe", argv=["--layerprobe", "--layerprobe_samples", "3"])
     assert result.code == 0, result.log[-4000:]
-    assert run_of(folder).sample_count() == 3
+    assert run_of(folder).samples == 3
 
 
 @pytest.mark.parametrize(
@@ -185,7 +245,7 @@ def test_a_block_that_does_not_report_stops_the_run(simpletuner, tiny):
     folder = tiny(max_train_steps=2)
     result = simpletuner.run(folder, "tiny-probe", setup="setups.py:skipped_block")
     assert_one_line_error(result, "2 of 11 block states", "transformer_blocks.3 (image)", "transformer_blocks.3 (text)")
-    assert run_of(folder).sample_count() == 0
+    assert run_of(folder).samples == 0
 
 
 def test_the_off_switch_makes_the_option_unknown(simpletuner, tiny):
@@ -221,5 +281,5 @@ def test_an_unknown_family_is_guessed_only_when_asked(simpletuner, tiny, tiny_fl
     assert [(stream.name, len(stream.blocks)) for stream in run.manifest.streams] == [("image", 7)]
     assert run.manifest.settings["text"] == "unknown"
     reference = np.load(folder / "reference.npz")
-    recorded = np.concatenate([rows.distances["image", "mean"] for rows in run.rows()])
+    recorded = run.distances("image", "mean")
     np.testing.assert_allclose(recorded[:, :3], reference["image.mean"][:, :3], rtol=0, atol=2e-6)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from simpletuner_layerprobe.run.records import Run, open_run
+from simpletuner_layerprobe.run.load import RunData, load_run
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -19,28 +19,24 @@ def hashes(folder: Path) -> dict[str, str]:
     }
 
 
-def distances(run: Run) -> dict[str, np.ndarray]:
-    """All rows of the run: "image.last" -> (N, L)."""
-    parts: dict[str, list[np.ndarray]] = {}
-    for rows in run.rows():
-        for (stream, reading), values in rows.distances.items():
-            parts.setdefault(f"{stream}.{reading}", []).append(values)
-    return {name: np.concatenate(values) for name, values in parts.items()}
+def distances(run: RunData) -> dict[str, np.ndarray]:
+    """All that was recorded: "image.last" -> (N, L)."""
+    return {f"{stream}.{reading}": run.distances(stream, reading) for stream, reading in run.manifest.columns()}
 
 
-def assert_equal_to_reference(folder: Path, run: Run, streams: dict[str, int]) -> None:
+def assert_equal_to_reference(folder: Path, run: RunData, streams: dict[str, int]) -> None:
     reference = np.load(folder / "reference.npz")
     recorded = {name: values for name, values in distances(run).items() if name.endswith((".last", ".mean"))}
     expected = {f"{stream}.{reading}" for stream in streams for reading in ("last", "mean")}
     assert set(recorded) == set(reference.files) == expected
     for name, values in recorded.items():
-        assert values.shape == (run.sample_count(), streams[name.split(".")[0]])
+        assert values.shape == (run.samples, streams[name.split(".")[0]])
         assert values.shape == reference[name].shape
         np.testing.assert_allclose(values, reference[name], rtol=0, atol=2e-6)
         assert values.min() > 0
 
 
-def assert_equal_to_further_reference(folder: Path, run: Run) -> None:
+def assert_equal_to_further_reference(folder: Path, run: RunData) -> None:
     further = np.load(folder / "further.npz")
     recorded = distances(run)
     assert {name for name in recorded if not name.endswith((".last", ".mean"))} == set(further.files)
@@ -59,18 +55,15 @@ def test_every_distance_equals_the_articles_formula(simpletuner, tiny, batch_siz
     result = simpletuner.run(folder, "tiny-probe", setup="taps.py:tap_sd3")
     assert result.code == 0, result.log[-4000:]
 
-    run = open_run(folder / "output" / "tiny-probe" / "layerprobe")
-    assert run.sample_count() == 6 * batch_size
+    run = load_run(folder / "output" / "tiny-probe" / "layerprobe")
+    assert run.samples == 6 * batch_size
     assert_equal_to_reference(folder, run, {"image": 6, "text": 5})
-    assert run.manifest.schema == (2 if further else 1)
     assert ("layerprobe: further readings: update_norm_last," in result.log) == bool(further)
     if further:
         assert_equal_to_further_reference(folder, run)
 
     assert hashes(folder / "pipeline") == before
     left = {path.suffix for path in (folder / "output").rglob("*") if path.is_file()}
-    assert left == {".json", ".safetensors"}
-    weights = [path for path in (folder / "output").rglob("*.safetensors") if path.parent.name != "shards"]
-    assert weights == []
+    assert left == {".json", ".arrows"}
     assert not list((folder / "output").rglob("checkpoint*"))
     assert f"layerprobe: {6 * batch_size} samples in" in result.line("layerprobe: ")

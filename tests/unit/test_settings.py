@@ -5,7 +5,6 @@ from types import SimpleNamespace
 import pytest
 from failing import fails
 
-from simpletuner_layerprobe.lokr.amounts import preset_parameters
 from simpletuner_layerprobe.training.options import OPTIONS, ProbeSettings
 
 
@@ -60,10 +59,6 @@ def test_values_as_the_command_line_gives_them():
         ("layerprobe_stop_when_stable", "nan"),
         ("layerprobe_stop_when_stable", "always"),
         ("layerprobe_stop_when_stable", None),
-        ("layerprobe_preset", "much"),
-        ("layerprobe_preset", "0"),
-        ("layerprobe_preset", "1B B"),
-        ("layerprobe_preset", ""),
     ],
 )
 def test_wrong_values_name_the_option(name, value):
@@ -74,18 +69,3 @@ def test_wrong_values_name_the_option(name, value):
 def test_every_option_has_a_label_and_help():
     for option in OPTIONS:
         assert option.name.startswith("layerprobe") and option.label and option.help.endswith(".")
-
-
-def test_presets():
-    assert [preset_parameters(text) for text in ("article", "400M", "1.2b", "2_000", "800MB", "1KiB", " 5k ")] == [
-        None,
-        400_000_000,
-        1_200_000_000,
-        2000,
-        400_000_000,
-        512,
-        5000,
-    ]
-    for text in ("", "0", "-1", "1e9", "400 M B", "1tb", "9" * 40, "0.4"):
-        with fails("the preset is"):
-            preset_parameters(text)

@@ -20,12 +20,12 @@ def test_the_installed_simpletuner_has_every_seam():
 def test_a_changed_trainer_is_described(tmp_path):
     text = source_of_trainer().read_text(encoding="utf-8")
     text = text.replace("def init_optimizer(self)", "def init_optimizers(self)")
-    text = text.replace("def prepare_batch(self, batch: dict)", "def prepare_batch(self, batch: dict, step: int)")
+    text = text.replace("def checkpoint_state_save(self, output_dir,", "def checkpoint_state_save(self, folder,")
     changed = tmp_path / "trainer.py"
     changed.write_text(text, encoding="utf-8")
     assert missing_seams_in_source(changed) == [
         "Trainer.init_optimizer is missing",
-        "Trainer.prepare_batch takes (self, batch, step), expected (self, batch)",
+        "Trainer.checkpoint_state_save takes (self, folder, suffix), expected (self, output_dir, suffix)",
     ]
 
 
@@ -42,10 +42,10 @@ def test_a_class_is_checked_as_its_source_is():
 
 def test_doctor_without_the_pth_file_says_what_to_do(monkeypatch):
     monkeypatch.setenv("SIMPLETUNER_LAYERPROBE", "0")
-    found = {check.name: check for check in checks()}
-    assert not found["plugin"].ok and "unset SIMPLETUNER_LAYERPROBE" in found["plugin"].remedy
+    results = {check.name: check for check in checks()}
+    assert not results["plugin"].ok and "unset SIMPLETUNER_LAYERPROBE" in results["plugin"].remedy
     for name in ("simpletuner", "lycoris-lora", "torch", "Trainer seams", "option registry", "sd3 blocks"):
-        assert found[name].ok, found[name]
+        assert results[name].ok, results[name]
 
 
 def test_doctor_notices_an_accelerate_of_another_environment(monkeypatch, tmp_path):

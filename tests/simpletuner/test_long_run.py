@@ -20,10 +20,10 @@ def test_a_training_process_stays_as_it_is() -> None:
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["samples"] == STEPS
-    assert found["shards"] > 10
-    warm, end = found["states"][1], found["states"][-1]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["samples"] == STEPS and result["images"] == 50
+    assert result["batches"] > 10
+    warm, end = result["states"][1], result["states"][-1]
     assert (warm["step"], end["step"]) == (STEPS // 5, STEPS)
     assert (end["threads"], end["files"], end["log_bytes"]) == (warm["threads"], warm["files"], warm["log_bytes"])
     # A step that kept one object would keep 2,400 of them; the rows since the last flush come and go.

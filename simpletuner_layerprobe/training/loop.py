@@ -1,0 +1,82 @@
+"""What of a Trainer is replaced while its loop runs, on its own objects; afterwards nothing is left of it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+
+from simpletuner_layerprobe.errors import ConfigError
+from simpletuner_layerprobe.training.noise import RULES
+from simpletuner_layerprobe.training.session import Session
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, method: Callable[..., Any]) -> Iterator[None]:
+    """A method of one object, replaced on the object itself."""
+    setattr(owner, name, method)
+    try:
+        yield
+    finally:
+        delattr(owner, name)
+
+
+def observed(trainer: Any, session: Session) -> AbstractContextManager[None]:
+    """The session sees what the family's own `model_predict` gets, whatever the Trainer did to the batch before."""
+    model = trainer.model
+    predict = model.model_predict
+
+    @functools.wraps(predict)
+    def model_predict(prepared_batch: dict, *args: Any, **kwargs: Any) -> Any:
+        with session.forward(model, prepared_batch):
+            return predict(prepared_batch, *args, **kwargs)
+
+    return _replaced(model, "model_predict", model_predict)
+
+
+def no_backward(trainer: Any, session: Session) -> AbstractContextManager[None]:
+    """In place of `accelerator.backward(loss)`: a backward through the idle parameter alone.
+
+    It leaves a zero gradient, so that clipping, gradient scaling and the optimizer find what they expect.
+    """
+    backward = trainer.accelerator.backward
+    return _replaced(
+        trainer.accelerator, "backward", lambda loss, **kwargs: backward(session.idle_parameter * 0, **kwargs)
+    )
+
+
+def counted_at_the_end(trainer: Any, session: Session) -> AbstractContextManager[None]:
+    """Count the run's samples when the loop is over and before the ranks part: every rank has written then."""
+    accelerator = trainer.accelerator
+    end_training = accelerator.end_training
+
+    def count_and_end() -> None:
+        session.end(accelerator.wait_for_everyone)
+        end_training()
+
+    return _replaced(accelerator, "end_training", count_and_end)
+
+
+@contextmanager
+def probe_sigmas(trainer: Any, session: Session) -> Iterator[None]:
+    """Let the probe draw the noise levels, unless the user's own schedule is asked for."""
+    if session.settings.sigmas == "training":
+        yield
+        return
+    rule = RULES[session.family.noise]
+    if rule.prescribe is None:
+        raise ConfigError(
+            f"layerprobe_sigmas is {session.settings.sigmas!r}, but model family {session.family.name!r} chooses its "
+            f"noise levels itself; set layerprobe_sigmas to 'training'"
+        )
+    seed = int(session.options.get("seed", 0) or 0)
+
+    def draw(count: int) -> torch.Tensor:
+        sigmas = torch.from_numpy(session.draw_sigmas(count, seed))
+        return sigmas.to(device=trainer.accelerator.device, dtype=torch.float32)
+
+    with rule.prescribe(trainer.model, draw):
+        yield

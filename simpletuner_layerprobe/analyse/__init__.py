@@ -1,1 +1,1 @@
-"""Offline analysis of a run: numpy only."""
+"""From arrays of distances to heatmaps, contributions, findings and comparisons. numpy and scipy alone."""

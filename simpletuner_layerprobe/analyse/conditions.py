@@ -1,245 +1,197 @@
-"""What the findings and the report need of a run: means, spreads and conditioning sums, in one pass over its shards.
+"""Conditions: whether what a sample was made with (caption, size, ...) goes with its distances, at equal sigma.
 
-The memory grows with bins x blocks and with the number of data backends, never with the samples.
+A fact that differs within images (a dropped caption, a crop's size) is compared within each image, so that what images
+are like plays no part. One that is the same for all samples of an image is compared between images, and an image counts
+once however often it came back.
 
-Shape letters: N samples, T bins, L blocks, S strata (ten equal parts of sigma), K columns of sums.
+Shape letters: N samples, T bins, D columns of all streams side by side, G units (images or samples).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from simpletuner_layerprobe.analyse.heatmap import Heatmap, bin_index
-from simpletuner_layerprobe.errors import ProbeError
+from simpletuner_layerprobe.analyse.chances import sign_chances, student95
+from simpletuner_layerprobe.analyse.samples import Samples
+from simpletuner_layerprobe.analyse.units import MOST_GROUPS, bin_index, grouped, sums, unit_numbers
 
-if TYPE_CHECKING:
-    from simpletuner_layerprobe.run.manifest import Manifest
-    from simpletuner_layerprobe.run.records import Rows, Run
-
-STRATA = 10
-GATHERED = 4096
-MAX_BACKENDS = 16
-"""Data backends that get sums of their own; the samples of further ones count among "the others"."""
-CONTINUOUS = ("caption length", "size", "aspect")
+CAPTION, SIZE, ASPECT = "caption length", "size", "aspect"
 DROPPED = "captions dropped"
 BACKEND = "data backend"
+CONDITIONS = (CAPTION, SIZE, ASPECT, DROPPED, BACKEND)
+MAX_BACKENDS = 16
+"""Data backends that are compared with the rest, the largest ones; further ones count among the others."""
+MIN_UNITS = 12
+"""Units that a fact must differ within, or between which it must: with fewer no chance is small enough."""
+MIN_GROUP = 4
+"""Units that the smaller of two groups must have."""
+LEAST = 0.01  # of the mean distance: smaller ones count as that, as 0 has no logarithm
+WITHIN = 0.2
+"""A fact is compared within images if at least this part of its variance is there."""
 
 
 @dataclass(frozen=True)
 class Condition:
-    """Sums over the samples for which one conditioning fact x is known, per stratum of sigma.
-
-    name: the fact. value: the backend, "" for the others. binary: x is 1 for the group and 0 for the rest; else it is a
-    number. count_S, x_S, xx_S: samples, sum of x, sum of x squared. d_SL, dd_SL: sums of the distances and of their
-    squares. xd_SL, xdd_SL: the same times x.
-    """
+    """One fact as a number per sample. name: of CONDITIONS. value: the backend, else "". x_N: the number, NaN where it
+    is not known. binary: whether it is 1 for a group and 0 for the rest; else it is a logarithm to base 2."""
 
     name: str
     value: str
-    binary: bool
-    count_S: NDArray[np.float64]
-    x_S: NDArray[np.float64]
-    xx_S: NDArray[np.float64]
-    d_SL: NDArray[np.float64]
-    dd_SL: NDArray[np.float64]
-    xd_SL: NDArray[np.float64]
-    xdd_SL: NDArray[np.float64]
+    x_N: NDArray[np.float64]
+    binary: bool = False
 
 
 @dataclass(frozen=True)
-class StreamObservation:
-    """One stream: its heatmap, variance_TL (T, L) of the distances of one sample (NaN below two), its conditions."""
+class Effect:
+    """What a fact goes with, for all columns side by side.
 
-    heatmap: Heatmap
-    variance_TL: NDArray[np.float64]
-    conditions: tuple[Condition, ...]
-
-    def error_TL(self) -> NDArray[np.float64]:
-        """Standard error of each cell's mean. (T, L) float64, infinite where there are fewer than two samples."""
-        count_T1 = np.maximum(self.heatmap.count_T, 1)[:, None]
-        return np.where(np.isnan(self.variance_TL), np.inf, np.sqrt(self.variance_TL / count_T1))
-
-
-@dataclass(frozen=True)
-class Observation:
-    """A run in sums. samples: all of them. backends: data backend -> samples, "" where it is not known."""
-
-    samples: int
-    count_T: NDArray[np.int64]
-    backends: Mapping[str, int]
-    streams: Mapping[str, StreamObservation]
-
-    def heatmaps(self) -> dict[str, Heatmap]:
-        return {name: stream.heatmap for name, stream in self.streams.items()}
-
-
-def observe(
-    run: Run, *, tokens: str = "last", bins: int = 10, also: Sequence[Callable[[Rows], None]] = ()
-) -> Observation:
-    """Sum up a run in one pass, the image stream first. `also` is called with every shard's rows, too.
-
-    A sample with a non-finite distance anywhere in a stream is left out of that stream and counted.
-    Raises ProbeError if the run has no samples or was not recorded with this reading.
+    columns: stream -> its columns among the D. effect_D: change relative to the distance, of one group against the
+    rest, or over two standard deviations of the number. low_D, high_D: 95% interval. p_D: corrected for all columns.
+    level_D: mean distance. within: whether images were compared with themselves. units: images (samples, where they are
+    not known) that told something. samples: behind it.
     """
-    if tokens not in run.manifest.tokens:
-        raise ProbeError(
-            f"{run.path} has no reading {tokens!r}; it has: {', '.join(run.manifest.tokens)} (see --tokens)"
-        )
-    run.require_samples()
-    sums = Sums(run.manifest, tokens, bins)
-    for rows in run.rows():
-        sums.add(rows)
-        for other in also:
-            other(rows)
-    return sums.observation()
+
+    columns: Mapping[str, slice]
+    effect_D: NDArray[np.float64]
+    low_D: NDArray[np.float64]
+    high_D: NDArray[np.float64]
+    p_D: NDArray[np.float64]
+    level_D: NDArray[np.float64]
+    within: bool
+    units: int
+    samples: int
 
 
-class Sums:
-    """The sums of a run, shard by shard: `add` each, then `observation`."""
-
-    def __init__(self, manifest: Manifest, tokens: str, bins: int) -> None:
-        streams = sorted(manifest.streams, key=lambda stream: stream.name != "image")
-        self._tokens, self._bins = tokens, bins
-        self._blocks = {stream.name: stream.blocks for stream in streams}
-        self._count_T = np.zeros(bins, dtype=np.int64)
-        self._backends: dict[str, int] = {}
-        self._columns = [part for name in CONTINUOUS for part in (name, f"{name} x")]
-        self._columns += [DROPPED, f"{DROPPED} x", BACKEND]
-        self._own_backends: list[str] = []
-        self._waiting: list[tuple[NDArray[np.float64], NDArray[np.float64], dict[str, NDArray[Any]]]] = []
-        self._gathered = 0
-        self._streams = {name: _StreamSums(bins, len(self._columns), len(b)) for name, b in self._blocks.items()}
-
-    def add(self, rows: Rows) -> None:
-        """Add the rows of one shard. Shards may be small: they are summed up GATHERED rows or more at a time."""
-        self._count_T += np.bincount(bin_index(rows.sigma_N, self._bins), minlength=self._bins)
-        for index, count in zip(*np.unique(rows.backend_N, return_counts=True), strict=True):
-            name = rows.backends[index] if index >= 0 else ""
-            self._backends[name] = self._backends.get(name, 0) + int(count)
-            if name and name not in self._own_backends and len(self._own_backends) < MAX_BACKENDS:
-                self._flush()  # what waits has no column for it
-                self._own_backends.append(name)
-                for sums in self._streams.values():
-                    sums.grow()
-        distances = {name: rows.distances[name, self._tokens] for name in self._streams}
-        self._waiting.append((rows.sigma_N, self._weights(rows), distances))
-        self._gathered += len(rows)
-        if self._gathered >= GATHERED:
-            self._flush()
-
-    def _flush(self) -> None:
-        if not self._waiting:
-            return
-        sigmas, weights, distances = zip(*self._waiting, strict=True)
-        self._waiting, self._gathered = [], 0
-        sigma_N = np.concatenate(sigmas)
-        order_N = np.argsort(sigma_N, kind="stable")
-        bin_N, stratum_N = (bin_index(sigma_N, parts)[order_N] for parts in (self._bins, STRATA))
-        weight_NK = np.concatenate(weights)[order_N]
-        for name, sums in self._streams.items():
-            sums.add(bin_N, stratum_N, weight_NK, np.concatenate([part[name] for part in distances])[order_N])
-
-    def _weights(self, rows: Rows) -> NDArray[np.float64]:
-        """(N, K): for each fact whether it is known, then its value where it is; then one column per backend."""
-        sized_N = (rows.width_N > 0) & (rows.height_N > 0)
-        log_width_N, log_height_N = (np.log2(np.maximum(side_N, 1)) for side_N in (rows.width_N, rows.height_N))
-        facts = {
-            # A dropped caption is no short one: it has an effect of its own.
-            "caption length": ((rows.text_tokens_N >= 0) & (rows.caption_dropped_N != 1), rows.text_tokens_N),
-            "size": (sized_N, log_width_N + log_height_N),
-            "aspect": (sized_N, np.abs(log_width_N - log_height_N)),
-            DROPPED: (rows.caption_dropped_N >= 0, rows.caption_dropped_N),
-        }
-        columns = [part for known_N, x_N in facts.values() for part in (known_N, np.where(known_N, x_N, 0))]
-        columns.append(rows.backend_N >= 0)
-        number = {name: i for i, name in enumerate(rows.backends)}
-        columns += [rows.backend_N == number.get(name, -2) for name in self._own_backends]
-        return np.stack(columns, axis=1).astype(np.float64)
-
-    def observation(self) -> Observation:
-        self._flush()
-        streams = {}
-        for name, sums in self._streams.items():
-            count_T1 = np.maximum(sums.count_T, 1)[:, None]
-            mean_TL = sums.d_TL / count_T1
-            spread_TL = np.maximum(sums.dd_TL - mean_TL * sums.d_TL, 0) / np.maximum(count_T1 - 1, 1)
-            spread_TL[sums.count_T < 2] = np.nan
-            streams[name] = StreamObservation(
-                Heatmap(name, self._tokens, self._blocks[name], mean_TL, sums.count_T, sums.nonfinite, self._bins),
-                spread_TL,
-                tuple(self._conditions(sums)),
-            )
-        return Observation(int(self._count_T.sum()), self._count_T, dict(sorted(self._backends.items())), streams)
-
-    def _conditions(self, sums: _StreamSums) -> list[Condition]:
-        found = []
-        for position, name in enumerate((*CONTINUOUS, DROPPED)):
-            found.append(sums.condition(name, "", name == DROPPED, 2 * position, 2 * position + 1))
-        first = len(self._columns)
-        for position, backend in enumerate(self._own_backends):
-            found.append(sums.condition(BACKEND, backend, True, first - 1, first + position))
-        return found
+def conditions(samples: Samples) -> Iterator[Condition]:
+    """The facts of the samples, in the order of CONDITIONS; a caption's length is in words where these are known."""
+    facts, N = samples.facts, samples.samples
+    dropped_N = facts.get("dropped", np.full(N, -1))
+    known = [length_N for length_N in _caption_lengths(facts, dropped_N) if np.isfinite(length_N).any()]
+    varying = [length_N for length_N in known if np.nanmin(length_N) < np.nanmax(length_N)]
+    yield Condition(CAPTION, "", next(iter(varying + known), np.full(N, np.nan)))
+    width_N, height_N = (np.asarray(facts.get(side, np.zeros(N)), dtype=np.float64) for side in ("width", "height"))
+    known_N = (width_N > 0) & (height_N > 0)
+    width_N, height_N = (np.log2(np.where(known_N, side_N, 1)) for side_N in (width_N, height_N))
+    yield Condition(SIZE, "", np.where(known_N, width_N + height_N, np.nan))
+    yield Condition(ASPECT, "", np.where(known_N, np.abs(width_N - height_N), np.nan))
+    yield Condition(DROPPED, "", np.where(dropped_N >= 0, dropped_N, np.nan).astype(np.float64), binary=True)
+    backend_N = np.asarray(facts.get("backend", np.full(N, "")), dtype=np.str_)
+    names, counts = np.unique(backend_N[backend_N != ""], return_counts=True)
+    for name in sorted(names[np.argsort(-counts, kind="stable")][:MAX_BACKENDS].tolist()):
+        yield Condition(BACKEND, name, np.where(backend_N != "", backend_N == name, np.nan), binary=True)
 
 
-class _StreamSums:
-    def __init__(self, bins: int, columns: int, blocks: int) -> None:
-        self.count_T = np.zeros(bins, dtype=np.int64)
-        self.d_TL, self.dd_TL = np.zeros((bins, blocks)), np.zeros((bins, blocks))
-        self.nonfinite = 0
-        self._weight_SK, self._squared_SK = np.zeros((STRATA, columns)), np.zeros((STRATA, columns))
-        self._d_SKL, self._dd_SKL = (np.zeros((STRATA, columns, blocks)) for _ in range(2))
+def _caption_lengths(
+    facts: Mapping[str, NDArray[Any]], dropped_N: NDArray[np.integer]
+) -> Iterator[NDArray[np.float64]]:
+    for name in ("caption_words", "caption_characters", "text_tokens"):
+        length_N = np.asarray(facts.get(name, np.full(len(dropped_N), -1)), dtype=np.float64)
+        # A dropped caption is no short one: it has an effect of its own.
+        yield np.log2(1 + np.where((length_N >= 0) & (dropped_N != 1), length_N, np.nan))
 
-    def grow(self) -> None:
-        """Room for one more column: what came before counts as 0 in it."""
-        self._weight_SK, self._squared_SK, self._d_SKL, self._dd_SKL = (
-            np.concatenate([table, np.zeros_like(table[:, :1])], axis=1)
-            for table in (self._weight_SK, self._squared_SK, self._d_SKL, self._dd_SKL)
-        )
 
-    def add(
-        self,
-        bin_N: NDArray[np.int64],
-        stratum_N: NDArray[np.int64],
-        weight_NK: NDArray[np.float64],
-        distance_NL: NDArray[np.floating],
-    ) -> None:
-        """Add rows in the order of their sigmas."""
-        finite_N = np.isfinite(distance_NL).all(axis=1)
-        if not finite_N.all():
-            bin_N, stratum_N, weight_NK = bin_N[finite_N], stratum_N[finite_N], weight_NK[finite_N]
-            self.nonfinite += int(np.count_nonzero(~finite_N))
-        if not len(bin_N):
-            return
-        d_NL = distance_NL[finite_N].astype(np.float64)
-        dd_NL = d_NL * d_NL
-        self.count_T += np.bincount(bin_N, minlength=len(self.count_T))
-        starts = np.flatnonzero(np.diff(bin_N, prepend=-1))
-        self.d_TL[bin_N[starts]] += np.add.reduceat(d_NL, starts, axis=0)
-        self.dd_TL[bin_N[starts]] += np.add.reduceat(dd_NL, starts, axis=0)
-        edges = np.searchsorted(stratum_N, np.arange(STRATA + 1))
-        for s in range(STRATA):
-            inside = slice(edges[s], edges[s + 1])
-            weight_KN = weight_NK[inside].T
-            self._weight_SK[s] += weight_KN.sum(axis=1)
-            self._squared_SK[s] += (weight_KN**2).sum(axis=1)
-            self._d_SKL[s] += weight_KN @ d_NL[inside]
-            self._dd_SKL[s] += weight_KN @ dd_NL[inside]
+def effect(samples: Samples, condition: Condition, bins: int = 10) -> Effect | str:
+    """What the condition goes with, or why that cannot be said.
 
-    def condition(self, name: str, value: str, binary: bool, known: int, x: int) -> Condition:
-        return Condition(
-            name,
-            value,
-            binary,
-            count_S=self._weight_SK[:, known],
-            x_S=self._weight_SK[:, x],
-            xx_S=self._squared_SK[:, x],
-            d_SL=self._d_SKL[:, known],
-            dd_SL=self._dd_SKL[:, known],
-            xd_SL=self._d_SKL[:, x],
-            xdd_SL=self._dd_SKL[:, x],
-        )
+    The logarithm of the distance (images and samples scatter by a share of it) and the fact are taken as deviations
+    from their means in each sigma bin. The effect is the slope of one over the other, with the jackknife's error over
+    units (CR3, MacKinnon and White 1985, Bell and McCaffrey 2002); its chance comes from the units' scores with signs
+    at random (`sign_chances`).
+    """
+    used_N = np.isfinite(condition.x_N)
+    if not used_N.any():
+        return "not recorded in this run"
+    bin_N = bin_index(samples.sigma_N[used_N], bins)
+    unit_N = np.unique(unit_numbers(samples)[0][used_N], return_inverse=True)[1]
+    U = int(unit_N.max()) + 1
+    x_N, within, units = _compared(condition, unit_N, bin_N, bins)
+    if reason := _too_few(condition, samples, unit_N, x_N, within, units):
+        return reason
+    G = min(U, MOST_GROUPS)
+    group_N = grouped(unit_N, U, G)
+    span = 1.0 if condition.binary else 2 * float(np.sqrt((x_N**2).mean()))
+    parts, columns, first = [], {}, 0
+    for name, distance_NC in samples.distances.items():
+        columns[name] = slice(first, first := first + distance_NC.shape[1])
+        parts.append(_stream_scores(distance_NC[used_N].astype(np.float64), x_N, group_N, G, bin_N, bins))
+    score_GD, square_GD, level_D = (np.concatenate(part, axis=-1) for part in zip(*parts, strict=True))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        effect_D = span * score_GD.sum(axis=0) / square_GD.sum(axis=0)
+        left_out_GD = span * (score_GD.sum(axis=0) - score_GD) / (square_GD.sum(axis=0) - square_GD)
+    margin_D = student95(np.array(min(units, G) - 1.0)) * np.sqrt(
+        ((left_out_GD - effect_D) ** 2).sum(axis=0) * (1 - 1 / G)
+    )
+    return Effect(
+        columns=columns,
+        effect_D=np.expm1(effect_D),
+        low_D=np.expm1(effect_D - margin_D),
+        high_D=np.expm1(effect_D + margin_D),
+        p_D=sign_chances(score_GD),
+        level_D=level_D,
+        within=within,
+        units=units,
+        samples=int(np.count_nonzero(used_N)),
+    )
+
+
+def _stream_scores(
+    distance_NC: NDArray[np.float64],
+    x_N: NDArray[np.float64],
+    group_N: NDArray[np.intp],
+    groups: int,
+    bin_N: NDArray[np.int64],
+    bins: int,
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Of one stream: (G, C) sums of x times the logarithms' deviations from their bins, (G, C) of x squared, and (C,)
+    the mean distance."""
+    finite_N = np.isfinite(distance_NC).all(axis=1)
+    distance_NC[~finite_N] = 0.0
+    over_bins, x_N = sums(bin_N, bins, finite_N.astype(np.float64)), x_N * finite_N
+    count_T1 = np.maximum(np.bincount(bin_N, finite_N, bins), 1)[:, None]
+    level_C = (over_bins @ distance_NC / count_T1).sum(axis=0) / max(1, len(np.unique(bin_N[finite_N])))
+    np.log(np.maximum(distance_NC, np.where(level_C > 0, LEAST * level_C, 1.0)), out=distance_NC)
+    mean_TC = over_bins @ distance_NC / count_T1
+    x_GT = np.bincount(group_N * bins + bin_N, x_N, groups * bins).reshape(groups, bins)
+    score_GC = sums(group_N, groups, x_N) @ distance_NC - x_GT @ mean_TC
+    square_GC = np.broadcast_to(np.bincount(group_N, x_N**2, groups)[:, None], score_GC.shape)
+    return score_GC, square_GC, level_C
+
+
+def _compared(
+    condition: Condition, unit_N: NDArray[np.intp], bin_N: NDArray[np.int64], bins: int
+) -> tuple[NDArray[np.float64], bool, int]:
+    """(N,) the fact's deviations, within or between units, whether within, and how many units tell something."""
+    known_N = condition.x_N[np.isfinite(condition.x_N)]
+    x_N = known_N - (np.bincount(bin_N, known_N, bins) / np.maximum(np.bincount(bin_N, minlength=bins), 1))[bin_N]
+    x_N[np.abs(x_N) <= 1e-9 * max(1.0, float(np.abs(known_N).max()))] = 0.0
+    mean_U = np.bincount(unit_N, x_N) / np.bincount(unit_N)
+    inside_N = x_N - mean_U[unit_N]
+    within = bool((inside_N**2).sum() >= WITHIN * (x_N**2).sum() > 0)
+    if not within:
+        return mean_U[unit_N], False, len(mean_U) if x_N.any() else 0
+    own_N = np.abs(known_N - (np.bincount(unit_N, known_N) / np.bincount(unit_N))[unit_N])
+    return inside_N, True, int(np.count_nonzero(np.bincount(unit_N, own_N > 1e-9)))
+
+
+def _too_few(
+    condition: Condition, samples: Samples, unit_N: NDArray[np.intp], x_N: NDArray[np.float64], within: bool, units: int
+) -> str:
+    """Why nothing can be said, or ""."""
+    if not units:
+        x = float(np.nanmax(condition.x_N))
+        there = {DROPPED: "captions dropped", BACKEND: f"samples of {condition.value}"}.get(condition.name)
+        return f"{'all' if x else 'no'} {there}" if there else f"the {condition.name} does not vary in this run"
+    what = "images" if samples.images is not None else "samples"
+    if units < MIN_UNITS:
+        return f"not enough {what}: {units} tell something of it, {MIN_UNITS} are needed"
+    if condition.binary and not within:
+        in_U = np.bincount(unit_N, condition.x_N[np.isfinite(condition.x_N)] > 0.5) / np.bincount(unit_N) > 0.5
+        smaller = int(min(in_U.sum(), (~in_U).sum()))
+        if smaller < MIN_GROUP:
+            return f"not enough {what}: {smaller} in the smaller group, {MIN_GROUP} are needed"
+    return ""

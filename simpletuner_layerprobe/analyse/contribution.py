@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from simpletuner_layerprobe.analyse.heatmap import Heatmap, all_blocks, common_blocks
+from simpletuner_layerprobe.analyse.heatmap import Heatmap, all_blocks, columns, common_blocks
 from simpletuner_layerprobe.errors import ProbeError
 
 TUKEY_FAR_OUT = 3.0
@@ -63,7 +63,7 @@ def article_contributions(
     """
     if not 0 < clip_percentile <= 100:
         raise ProbeError(f"the clip percentile is {clip_percentile}, expected above 0 and at most 100")
-    dropped = tuple(name for name, heatmap in streams.items() if not heatmap.count_T.any())
+    dropped = tuple(name for name, heatmap in streams.items() if not heatmap.counts_T.any())
     if len(dropped) == len(streams):
         nonfinite = max(heatmap.nonfinite for heatmap in streams.values())
         raise ProbeError(
@@ -75,7 +75,7 @@ def article_contributions(
     covered = common_blocks([part.blocks for part in parts])
     blocks = all_blocks([part.blocks for part in parts])
     average_L = article_averages(
-        {name: part.mean_TL[None] for name, part in streams.items()},
+        {name: part.values_TL[None] for name, part in streams.items()},
         {name: part.blocks for name, part in streams.items()},
         clip_percentile=clip_percentile,
         text_weight=text_weight,
@@ -104,7 +104,7 @@ def stream_contributions(
     A block that the stream lacks takes the value of its nearest block, as in `article_contributions`, which raises the
     same errors and leaves out the same streams.
     """
-    measured = {name: heatmap for name, heatmap in streams.items() if heatmap.count_T.any()} or streams
+    measured = {name: heatmap for name, heatmap in streams.items() if heatmap.counts_T.any()} or streams
     blocks = {name: heatmap.blocks for name, heatmap in measured.items()}
     return {
         name: article_contributions({name: heatmap}, clip_percentile=clip_percentile).value_L[
@@ -169,8 +169,7 @@ def article_averages(
     for stream, values_RTL in mean_RTL.items():
         weight = 1.0 if len(mean_RTL) == 1 else text_weight if stream == "text" else image_weight
         limit_R = np.percentile(values_RTL.reshape(R, -1), clip_percentile, axis=1)
-        position = {block: i for i, block in enumerate(blocks[stream])}
-        values_RTC = values_RTL[:, :, [position[block] for block in covered]]
+        values_RTC = columns(values_RTL, blocks[stream], covered)
         total_RTC += np.minimum(values_RTC, limit_R[:, None, None]) * weight
     average_RC: NDArray[np.float64] = (total_RTC / float(len(mean_RTL))).mean(axis=1)
     return average_RC
@@ -186,7 +185,7 @@ def critical_blocks(streams: Mapping[str, Heatmap]) -> dict[str, tuple[int, ...]
     blocks = all_blocks([heatmap.blocks for heatmap in streams.values()])
     critical = {}
     for name, heatmap in streams.items():
-        filled_TL = heatmap.mean_TL[heatmap.count_T > 0]
+        filled_TL = heatmap.values_TL[heatmap.counts_T > 0]
         average_L = filled_TL.mean(axis=0) if len(filled_TL) else np.zeros(len(heatmap.blocks))
         critical[name] = tuple(blocks.index(heatmap.blocks[i]) for i in np.flatnonzero(far_out(average_L)))
     return critical

@@ -1,66 +1,167 @@
-"""Stability: whether the factors of a run that is being recorded are settled, asked now and then."""
+"""Settled: how sure the contributions of a run and what is decided by them are. The one answer to that question.
+
+`lokr`, `status`, `report`, `compare` and the stop of a settled run all ask `confidence`, with what they decide.
+
+Shape letters: T bins, L blocks, R replicates, K things that are decided: a factor per block or per group of modules.
+"""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
-from simpletuner_layerprobe.analyse.bootstrap import MIN_SAMPLES, Bootstrap, Decide, confidence
-from simpletuner_layerprobe.analyse.running import RunningTally
-from simpletuner_layerprobe.run.manifest import Manifest
+import numpy as np
+from numpy.typing import NDArray
 
-BINS = 10
-GROWTH = 1.1
-"""The samples must have grown by so much since the last judgement before the next one."""
-COST = 0.01
-"""Judging may take at most this part of the time, from the second judgement on."""
-REPLICATES = 400
+from simpletuner_layerprobe.analyse.bootstrap import MIN_SAMPLES, MIN_UNITS, Bootstrap
+from simpletuner_layerprobe.analyse.contribution import article_values, far_out
+from simpletuner_layerprobe.analyse.heatmap import all_blocks
+from simpletuner_layerprobe.analyse.units import IMAGE
 
-DecideOf = Callable[[Manifest], Callable[[Bootstrap], Decide]]
+INTERVAL = 0.95
+"""The part of the replicates that an interval holds."""
+SHARE = 0.95
+"""A factor is settled if at least this share of the replicates decides the same, unless asked otherwise."""
+TIMES = (2, 4, 8, 16, 32, 64)
+"""So many times the images (or samples) are tried by `times_to_settle`."""
+
+Decide = Callable[[Mapping[str, NDArray[np.float64]]], tuple[NDArray[np.float64], NDArray[np.int64]]]
+"""What is done with heatmaps: stream -> (R, T, L) means in, (R, L) contributions and (R, K) decisions out.
+
+Two replicates agree where these numbers are equal, so what trains alike should have the same number."""
+Factors = Callable[[NDArray[np.float64]], NDArray[np.int64]]
+"""A recipe: contributions (N,) in [0, 1] -> factors (N,), each by itself."""
 
 
-class Stability:
-    """Watches a run folder for the factors of one preset, over all ranks and earlier starts.
+@dataclass(frozen=True)
+class Confidence:
+    """How sure the contributions and the decisions of a run are.
 
-    share: the share of bootstrap replicates that must agree with every factor. decide_of: what gives these for a run,
-    see `lokr.decision.of_preset`. tally: the run's sums, if others look at them too. A judgement costs what was
-    recorded since they were last read.
+    blocks: all, in the model's order. low_L, high_L: 95% intervals of the contributions, see `interval`. factor_K: what
+    the run itself decides, as the `Decide` gives it. agreement_K: share of the replicates that decide the same.
+    settled_K: whether that is `share` or more and there is `enough` to judge by. unit: what the replicates draw,
+    "image" or "sample". images: None where they are not known.
     """
 
-    def __init__(
-        self, directory: str | Path, share: float, decide_of: DecideOf, tally: RunningTally | None = None
-    ) -> None:
-        self.share = share
-        self.samples = 0
-        """The samples that the last judgement went by."""
-        self.settled_share = 0.0
-        """The part of the factors that were settled at the last judgement, 0 while a bin has too few samples."""
-        self._decide_of = decide_of
-        self._tally = tally or RunningTally(directory, bins=BINS)
-        self._next_samples = float(MIN_SAMPLES * BINS)
-        self._next_time = 0.0
+    blocks: tuple[str, ...]
+    low_L: NDArray[np.float64]
+    high_L: NDArray[np.float64]
+    factor_K: NDArray[np.int64]
+    agreement_K: NDArray[np.float64]
+    settled_K: NDArray[np.bool_]
+    share: float
+    replicates: int
+    enough: bool
+    unit: str
+    images: int | None
+    samples: int
 
+    @property
     def settled(self) -> bool:
-        """Whether all factors are settled now; False at once if it is too early to ask again.
+        """Whether everything is."""
+        return bool(self.settled_K.all())
 
-        No factor is settled while a bin has fewer than MIN_SAMPLES samples. Raises ProbeError for a shard that cannot
-        be read.
-        """
-        started = time.monotonic()
-        if started < self._next_time:
-            return False
-        if self._tally.samples + self._tally.waiting() < self._next_samples:
-            # Counting reads the new shards' headers, which is cheap and still not free.
-            self._next_time = started + (time.monotonic() - started) / COST
-            return False
-        tally = self._tally.read()
-        bootstrap = tally.bootstrap(replicates=REPLICATES)
-        decide = self._decide_of(tally.manifest)(bootstrap)
-        everywhere = all(count_T.min() >= MIN_SAMPLES for count_T in bootstrap.count_T.values())
-        found = confidence(bootstrap, decide)
-        self.settled_share = 1 - len(found.unsettled(self.share)) / len(found.agreement_K) if everywhere else 0.0
-        self.samples = tally.samples
-        self._next_samples = GROWTH * tally.samples
-        self._next_time = time.monotonic() + (time.monotonic() - started) / COST
-        return self.settled_share == 1
+    def text(self, what: str = "factor") -> str:
+        """One line: "33 of 38 factors settled for images like these 50: ..."."""
+        K = len(self.settled_K)
+        whom = f"for images like these {self.images:,}" if self.unit == IMAGE else "for these images"
+        head = f"{int(self.settled_K.sum())} of {K:,} {what}{'s' if K != 1 else ''} settled {whom}"
+        if not self.enough:
+            units = "images" if self.unit == IMAGE else "samples"
+            return f"{head}: fewer than {MIN_UNITS} {units}, or fewer than {MIN_SAMPLES} samples in a sigma bin"
+        return f"{head}: {self.share:.0%} of {self.replicates:,} bootstrap replicates decide the same"
+
+
+def confidence(bootstrap: Bootstrap, decide: Decide, share: float = SHARE) -> Confidence:
+    """Intervals of the contributions, and which decisions the replicates agree with."""
+    value_1L, factor_1K = decide({name: mean_TL[None] for name, mean_TL in bootstrap.mean_TL.items()})
+    value_RL, factor_RK = decide(bootstrap.replicates())
+    low_L, high_L = interval(value_RL, value_1L[0])
+    agreement_K = (factor_RK == factor_1K).mean(axis=0)
+    return Confidence(
+        blocks=bootstrap.names,
+        low_L=low_L,
+        high_L=high_L,
+        factor_K=factor_1K[0],
+        agreement_K=agreement_K,
+        settled_K=(agreement_K >= share) & bootstrap.enough,
+        share=share,
+        replicates=len(factor_RK),
+        enough=bootstrap.enough,
+        unit=bootstrap.unit,
+        images=bootstrap.images,
+        samples=bootstrap.samples,
+    )
+
+
+def interval(
+    value_RL: NDArray[np.float64], value_L: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(L,) low and (L,) high of contributions value_L of a run, of which value_RL are the replicates.
+
+    What holds the middle INTERVAL of the replicates (at Weibull's positions: plain quantiles of R replicates would
+    hold about 1 / R too little on either side), stretched to where they would lie without their bias. The largest block
+    and the clip are picked by their noise, which pushes the other contributions down: once in the run, once more in the
+    replicates.
+    """
+    low_L, high_L = np.quantile(value_RL, [(1 - INTERVAL) / 2, (1 + INTERVAL) / 2], axis=0, method="weibull")
+    bias_L = value_RL.mean(axis=0) - value_L
+    low_L, high_L = low_L - np.maximum(2 * bias_L, 0), high_L + np.maximum(-2 * bias_L, 0)
+    return np.clip(low_L, 0, 1), np.clip(high_L, 0, 1)
+
+
+def times_to_settle(bootstrap: Bootstrap, decide: Decide, share: float = SHARE) -> int | None:
+    """How many times the images (samples, where these are the unit) would settle everything: 1, or one of TIMES.
+
+    None if the most would not. It draws the replicates in towards the means, as more images with as many samples each
+    would, and takes the means for the truth: a rough number. More samples of the same images would not do it.
+    """
+    _, factor_1K = decide({name: mean_TL[None] for name, mean_TL in bootstrap.mean_TL.items()})
+
+    def settled(times: int) -> bool:
+        _, factor_RK = decide(bootstrap.replicates(times))
+        return bool(((factor_RK == factor_1K).mean(axis=0) >= share).all())
+
+    if bootstrap.enough and settled(1):
+        return 1
+    if not settled(TIMES[-1]):
+        return None
+    low, high = 0, len(TIMES) - 1
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if settled(TIMES[middle]) else (middle + 1, high)
+    return TIMES[high]
+
+
+def article_decide(
+    bootstrap: Bootstrap,
+    factors: Factors,
+    *,
+    critical: tuple[int, ...] | None = None,
+    alike: Callable[[NDArray[np.int64]], NDArray[np.int64]] | None = None,
+    **weighting: float,
+) -> Decide:
+    """The article's recipe for many heatmaps at once.
+
+    critical: the blocks that get factor 1, None to look for them anew in every replicate. alike: (R, L) factors ->
+    (R, K) numbers that are equal where what trains is the same; None to compare the factors by name. weighting: as
+    `article_contributions` takes it.
+    """
+    blocks = bootstrap.blocks
+    names = all_blocks(list(blocks.values()))
+    filled_T = {name: bootstrap.counts_T[name] > 0 for name in blocks}
+    number_L = {name: [names.index(block) for block in blocks[name]] for name in blocks}
+
+    def decide(mean_RTL: Mapping[str, NDArray[np.float64]]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        value_RL = article_values(mean_RTL, blocks, **weighting)
+        factor_RL = factors(value_RL.ravel()).reshape(value_RL.shape)
+        critical_RL = np.zeros(value_RL.shape, dtype=bool)
+        if critical is not None:
+            critical_RL[:, list(critical)] = True
+        else:
+            for name, values_RTL in mean_RTL.items():
+                critical_RL[:, number_L[name]] |= far_out(values_RTL[:, filled_T[name]].mean(axis=1))
+        factor_RL = np.where(critical_RL, 1, factor_RL)
+        return value_RL, factor_RL if alike is None else alike(factor_RL)
+
+    return decide

@@ -1,31 +1,60 @@
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from synthetic_run import FLUX_DEV, SD35_LARGE, records, write_run
 
-from simpletuner_layerprobe.analyse.contribution import article_contributions, critical_blocks, stream_contributions
+from simpletuner_layerprobe.analyse.contribution import (
+    article_contributions,
+    article_values,
+    critical_blocks,
+    stream_contributions,
+    stream_values,
+)
 from simpletuner_layerprobe.analyse.heatmap import Heatmap, heatmaps
+from simpletuner_layerprobe.analyse.samples import Samples
 from simpletuner_layerprobe.errors import ProbeError
-from simpletuner_layerprobe.lokr.factors import article_factors
 
-CRITICAL = (0, 31, 35)
+SD35_LARGE = {"image": 38, "text": 37}
 
 
-def notebook(found: list[dict[str, Any]], bins: int = 10, percentile: float = 90) -> list[float]:
+def made(samples: int, *, seed: int = 0, sigmas: Any = None, peaks: Any = (), blocks: Any = SD35_LARGE) -> Samples:
+    """A wavy level per block, sigma and noise on top, and `peaks` ((stream, block number) pairs) far above the rest."""
+    random = np.random.default_rng(seed)
+    sigma_N = random.random(samples) if sigmas is None else np.asarray(sigmas)
+    distances = {}
+    for name, L in blocks.items():
+        level_L = 0.05 + 0.03 * np.sin(np.arange(L) / 2.3 + (name == "text"))
+        level_L[[number for stream, number in peaks if stream == name]] += 0.4
+        distances[name] = (level_L * (0.7 + 0.6 * sigma_N[:, None] * random.random((samples, L)))).astype(np.float32)
+    paths = {name: tuple(f"transformer_blocks.{i}" for i in range(L)) for name, L in blocks.items()}
+    return Samples(sigma_N, np.zeros(samples, np.uint64), paths, distances)
+
+
+def records(samples: Samples) -> list[dict[str, Any]]:
+    """The samples as the article's list of records."""
+    return [
+        {"timestep": float(sigma), "hidden_states": image.tolist(), "encoder_hidden_states": text.tolist()}
+        for sigma, image, text in zip(
+            samples.sigma_N, samples.distances["image"], samples.distances["text"], strict=True
+        )
+    ]
+
+
+def notebook(given_records: list[dict[str, Any]], bins: int = 10, percentile: float = 90) -> list[float]:
     """The article's notebook, in float64 and plain Python: records -> 37 normalised contributions."""
 
     def grid(key: str) -> list[list[float]]:
         table = []
         for t in range(bins):
             low, high = t / bins, (t + 1) / bins
-            inside = [r[key] for r in found if low <= r["timestep"] < high or (t == bins - 1 and r["timestep"] == 1.0)]
-            length = len(found[0][key])
+            inside = [
+                r[key] for r in given_records if low <= r["timestep"] < high or (t == bins - 1 and r["timestep"] == 1.0)
+            ]
+            length = len(given_records[0][key])
             table.append([sum(v[i] for v in inside) / len(inside) if inside else 0.0 for i in range(length)])
         return table
 
@@ -45,45 +74,24 @@ def notebook(found: list[dict[str, Any]], bins: int = 10, percentile: float = 90
     return [(value - min(averages)) / spread for value in averages]
 
 
-def notebook_factors(contributions: list[float], largest: int = 12) -> list[int]:
-    """37 contributions -> 38 factors: the last block repeats, then the critical ones are set."""
-    factors = [
-        min(max(round((1 - value) * (largest - 1) + 1), 1), largest) for value in [*contributions, contributions[-1]]
-    ]
-    for number in CRITICAL:
-        factors[number] = 1
-    return factors
+@pytest.mark.parametrize("seed", range(3))
+def test_the_contributions_are_those_of_the_articles_notebook(seed: int) -> None:
+    samples = made(400, seed=seed, peaks=[("image", 0), ("text", 0), ("text", 31), ("image", 35)])
+    contribution = article_contributions(heatmaps(samples))
+    np.testing.assert_allclose(contribution.value_L[:37], notebook(records(samples)), atol=1e-12)
+    assert contribution.value_L[37] == contribution.value_L[36]
+    assert contribution.blocks == samples.blocks["image"]
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_the_factors_are_those_of_the_articles_notebook(tmp_path: Path, seed: int) -> None:
-    run = write_run(
-        tmp_path / "run",
-        SD35_LARGE,
-        400,
-        seed=seed,
-        peaks=[("image", 0), ("text", 0), ("text", 31), ("image", 35)],
-    )
-    expected = notebook(records(run, "last"))
-    found = article_contributions(heatmaps(run))
-    np.testing.assert_allclose(found.value_L[:37], expected, atol=1e-12)
-    assert found.value_L[37] == found.value_L[36]
-    factors = article_factors(found.value_L, max_factor=12, critical=CRITICAL)
-    assert factors.tolist() == notebook_factors(expected)
-    assert len(set(factors.tolist())) > 5
+def test_empty_bins_count_as_zeros_as_in_the_notebook() -> None:
+    samples = made(60, sigmas=np.random.default_rng(3).uniform(0.2, 0.7, 60))
+    contribution = article_contributions(heatmaps(samples), clip_percentile=60)
+    np.testing.assert_allclose(contribution.value_L[:37], notebook(records(samples), percentile=60), atol=1e-12)
 
 
-def test_empty_bins_count_as_zeros_as_in_the_notebook(tmp_path: Path) -> None:
-    sigmas = np.random.default_rng(3).uniform(0.2, 0.7, 60)
-    run = write_run(tmp_path / "run", SD35_LARGE, 60, sigmas=sigmas.tolist())
-    found = article_contributions(heatmaps(run), clip_percentile=60)
-    expected = notebook(records(run, "last"), percentile=60)
-    np.testing.assert_allclose(found.value_L[:37], expected, atol=1e-12)
-
-
-def test_it_is_the_articles_code_to_the_last_bit(tmp_path: Path) -> None:
-    streams = heatmaps(write_run(tmp_path / "run", SD35_LARGE, 200))
-    encoder_heatmap, hidden_heatmap = streams["text"].mean_TL, streams["image"].mean_TL
+def test_it_is_the_articles_code_to_the_last_bit() -> None:
+    streams = heatmaps(made(200))
+    encoder_heatmap, hidden_heatmap = streams["text"].values_TL, streams["image"].values_TL
     encoder = np.clip(encoder_heatmap, None, np.percentile(encoder_heatmap, 90)) * (1 / 3)
     hidden = np.clip(hidden_heatmap, None, np.percentile(hidden_heatmap, 90)) * (2 / 3)
     averages = np.mean(np.add(encoder, hidden[:, :-1]) / 2.0, axis=0)
@@ -91,35 +99,48 @@ def test_it_is_the_articles_code_to_the_last_bit(tmp_path: Path) -> None:
     assert np.array_equal(article_contributions(streams).value_L[:37], normalised)
 
 
+def test_many_sets_of_heatmaps_are_each_taken_like_one() -> None:
+    sets = [heatmaps(made(200, seed=seed)) for seed in range(3)]
+    mean_RTL = {name: np.stack([part[name].values_TL for part in sets]) for name in SD35_LARGE}
+    blocks = {name: part.blocks for name, part in sets[0].items()}
+    value_RL = article_values(mean_RTL, blocks, clip_percentile=80, text_weight=0.5)
+    apart = stream_values(mean_RTL, blocks, 80)
+    for r, part in enumerate(sets):
+        expected = article_contributions(part, clip_percentile=80, text_weight=0.5)
+        assert np.array_equal(value_RL[r], expected.value_L)
+        for name, value_L in stream_contributions(part, clip_percentile=80).items():
+            assert np.array_equal(apart[name][r], value_L)
+
+
 def heatmap(stream: str, blocks: str, values: Any, counts: Any = None) -> Heatmap:
     mean_TL = np.atleast_2d(np.asarray(values, dtype=np.float64))
     T = len(mean_TL)
     return Heatmap(
         stream=stream,
-        tokens="last",
+        reading="last",
         blocks=tuple(blocks),
-        mean_TL=mean_TL,
-        count_T=np.asarray(counts if counts is not None else [1] * T, dtype=np.int64),
+        values_TL=mean_TL,
+        counts_T=np.asarray(counts if counts is not None else [1] * T, dtype=np.int64),
+        standard_errors_TL=np.zeros_like(mean_TL),
         nonfinite=0,
-        bins=T,
     )
 
 
 def test_one_stream_decides_alone_and_its_weight_plays_no_part() -> None:
     streams = {"image": heatmap("image", "abc", [0.1, 0.3, 0.2])}
     for weight in (0.0, 2 / 3, 5.0):
-        found = article_contributions(streams, clip_percentile=100, image_weight=weight)
-        assert found.value_L.tolist() == pytest.approx([0, 1, 0.5])
-        assert found.covered_L.all()
+        contribution = article_contributions(streams, clip_percentile=100, image_weight=weight)
+        assert contribution.value_L.tolist() == pytest.approx([0, 1, 0.5])
+        assert contribution.covered_L.all()
 
 
 def test_a_block_that_a_stream_lacks_takes_the_nearest_before_it_else_the_first() -> None:
     image = heatmap("image", "abcde", [0.9, 0.1, 0.3, 0.9, 0.2])
     text = heatmap("text", "bce", [0.1, 0.3, 0.2])
-    found = article_contributions({"image": image, "text": text}, clip_percentile=100)
-    assert found.blocks == tuple("abcde")
-    assert found.covered_L.tolist() == [False, True, True, False, True]
-    assert found.value_L.tolist() == pytest.approx([0, 0, 1, 1, 0.5])
+    contribution = article_contributions({"image": image, "text": text}, clip_percentile=100)
+    assert contribution.blocks == tuple("abcde")
+    assert contribution.covered_L.tolist() == [False, True, True, False, True]
+    assert contribution.value_L.tolist() == pytest.approx([0, 0, 1, 1, 0.5])
 
 
 def test_weights_belong_to_their_streams() -> None:
@@ -152,10 +173,10 @@ def test_a_stream_without_finite_samples_is_left_out_beside_others() -> None:
         "image": heatmap("image", "abc", [0.1, 0.4, 0.2]),
         "audio": heatmap("audio", "abc", [0.0, 0.0, 0.0], counts=[0]),
     }
-    found = article_contributions(streams)
+    contribution = article_contributions(streams)
     alone = article_contributions({"image": streams["image"]})
-    assert found.dropped == ("audio",) and alone.dropped == ()
-    assert found.value_L.tolist() == alone.value_L.tolist() and found.critical == alone.critical
+    assert contribution.dropped == ("audio",) and alone.dropped == ()
+    assert contribution.value_L.tolist() == alone.value_L.tolist() and contribution.critical == alone.critical
     assert list(stream_contributions(streams)) == ["image"]
 
 
@@ -177,17 +198,17 @@ def test_contributions_span_zero_to_one_and_ignore_the_scale(
     image = heatmap("image", "abcdef", values)
     text = heatmap("text", "abcde", np.asarray(values)[:, :5][::-1])
     try:
-        found = article_contributions({"image": image, "text": text}, clip_percentile=percentile)
+        contribution = article_contributions({"image": image, "text": text}, clip_percentile=percentile)
     except ProbeError:
         return
-    assert found.value_L.min() == 0 and found.value_L.max() == 1
+    assert contribution.value_L.min() == 0 and contribution.value_L.max() == 1
     scaled = article_contributions(
         {"image": image, "text": text},
         clip_percentile=percentile,
         text_weight=scale / 3,
         image_weight=scale * 2 / 3,
     )
-    np.testing.assert_allclose(scaled.value_L, found.value_L, atol=1e-6)
+    np.testing.assert_allclose(scaled.value_L, contribution.value_L, atol=1e-6)
 
 
 def test_critical_blocks_are_beyond_tukeys_far_out_fence() -> None:
@@ -200,25 +221,12 @@ def test_critical_blocks_are_beyond_tukeys_far_out_fence() -> None:
 
 def test_empty_bins_play_no_part_in_finding_critical_blocks() -> None:
     level = [0.10, 0.11, 0.12, 0.13, 0.14, 0.15, 0.16, 0.17, 0.9]
-    found = critical_blocks({"image": heatmap("image", "abcdefghi", [level, [0.0] * 9], counts=[4, 0])})
-    assert found == {"image": (8,)}
+    made_of = critical_blocks({"image": heatmap("image", "abcdefghi", [level, [0.0] * 9], counts=[4, 0])})
+    assert made_of == {"image": (8,)}
 
 
-def test_critical_numbers_count_all_blocks_and_the_union_is_sorted(tmp_path: Path) -> None:
-    run = write_run(
-        tmp_path / "run",
-        SD35_LARGE,
-        300,
-        peaks=[("image", 35), ("text", 31), ("text", 0), ("image", 0)],
-    )
-    found = article_contributions(heatmaps(run))
-    assert found.critical == {"image": (0, 35), "text": (0, 31)}
-    assert found.critical_union() == (0, 31, 35)
-
-
-def test_flux_blocks_are_one_list(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", FLUX_DEV, 100, peaks=[("image", 56), ("text", 19)])
-    found = article_contributions(heatmaps(run))
-    assert found.blocks == FLUX_DEV["image"]
-    assert found.covered_L.all()
-    assert found.critical == {"image": (56,), "text": (19,)}
+def test_critical_numbers_count_all_blocks_and_the_union_is_sorted() -> None:
+    peaks = [("image", 35), ("text", 31), ("text", 0), ("image", 0)]
+    contribution = article_contributions(heatmaps(made(300, peaks=peaks)))
+    assert contribution.critical == {"image": (0, 35), "text": (0, 31)}
+    assert contribution.critical_union() == (0, 31, 35)

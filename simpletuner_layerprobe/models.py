@@ -8,40 +8,41 @@ diffusers are imported inside the calls.
 from __future__ import annotations
 
 import inspect
-import json
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from simpletuner_layerprobe.errors import ProbeError
-from simpletuner_layerprobe.probe.families import Family, family, find_blocks, stream_blocks
+from simpletuner_layerprobe.errors import ModelError
+from simpletuner_layerprobe.files import read_object
+from simpletuner_layerprobe.probe.blocks import find_blocks, stream_blocks
+from simpletuner_layerprobe.probe.families import DIFFUSERS, family
 from simpletuner_layerprobe.probe.modules import module_table
-from simpletuner_layerprobe.run.manifest import Module, Stream
+from simpletuner_layerprobe.run.manifest import Module, Stream, Target
 
-if TYPE_CHECKING:
-    from torch import nn
-
-NOT_IN_THE_NAMED = ("transformers", "peft", "torchao", "torchvision", "bitsandbytes", "scipy")
-"""Packages that diffusers imports if they are there and that the models in NAMED do not use."""
-FAMILY_OF_CLASS = {"SD3Transformer2DModel": "sd3", "FluxTransformer2DModel": "flux"}
-# Class names of diffusers' parts -> of the same parts in SimpleTuner's own class of that name, 4.8 to 4.10.
-TRAINED_AS: dict[str, dict[str, str]] = {"FluxTransformer2DModel": {"FluxAttention": "Attention"}}
+# Class names of diffusers' parts -> of the same parts in the class that SimpleTuner trains instead, 4.8 to 4.10.
+TRAINED_AS: dict[str, dict[str, str]] = {
+    "FluxTransformer2DModel": {"FluxAttention": "Attention"},
+    "WanTransformer3DModel": {"WanAttention": "Attention"},
+    "PixArtTransformer2DModel": {"BasicTransformerBlock": "PixArtSelfFlowTransformerBlock"},
+}
 
 
 @dataclass(frozen=True)
 class Architecture:
     """A denoiser without its weights.
 
-    family, flavour: SimpleTuner's names, "" if unknown. model_class: the denoiser's class. modules: its
-    module table. streams: the blocks that update each stream, () for a family that the probe does not know.
+    family, flavour: SimpleTuner's names, "" if unknown. model_class: the denoiser's class. streams: the blocks that
+    update each stream, targets: what a LoKr config covers in them; both () for a class that the probe does not know.
+    modules: its module table.
     """
 
     family: str
     flavour: str
     model_class: str
-    modules: tuple[Module, ...]
     streams: tuple[Stream, ...]
+    targets: tuple[Target, ...]
+    modules: tuple[Module, ...]
 
 
 @dataclass(frozen=True)
@@ -97,32 +98,19 @@ NAMED = {
 def architecture(name_or_path: str | os.PathLike[str]) -> Architecture:
     """The architecture called so in NAMED, or that of a diffusers transformer config.json.
 
-    A path may be the file, or a folder that holds it or a `transformer` folder with it. Raises ProbeError for
+    A path may be the file, or a folder that holds it or a `transformer` folder with it. Raises ModelError for
     what is neither, a file that is not such a config, and a class that diffusers does not have.
     """
     named = NAMED.get(str(name_or_path))
     if named is not None:
         return _architecture(named.model_class, named.config, named.flavour, str(name_or_path))
     path = _config_path(Path(name_or_path))
-    try:
-        config = json.loads(path.read_bytes())
-    except OSError as error:
-        raise ProbeError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise ProbeError(f"{path} is not JSON ({error}); expected a diffusers transformer config.json") from None
-    model_class = config.get("_class_name") if isinstance(config, dict) else None
+    config = read_object(path, "a diffusers transformer config.json")
+    model_class = config.get("_class_name")
     if not isinstance(model_class, str):
-        raise ProbeError(f"{path} has no _class_name; expected a diffusers transformer config.json")
+        raise ModelError(f"{path} has no _class_name; expected a diffusers transformer config.json")
     settings = {key: value for key, value in config.items() if not key.startswith("_")}
     return _architecture(model_class, settings, "", str(path))
-
-
-def streams(model: nn.Module, family: Family) -> tuple[Stream, ...]:
-    """The streams of a denoiser of this family with the blocks that update each, in the table's order.
-
-    In SD3 the last block does not update the text; in Flux all blocks update both, the double blocks first.
-    """
-    return tuple(Stream(name, blocks) for name, blocks in stream_blocks(find_blocks(model, family)).items())
 
 
 def _config_path(path: Path) -> Path:
@@ -130,7 +118,7 @@ def _config_path(path: Path) -> Path:
     for candidate in candidates:
         if candidate.is_file():
             return candidate
-    raise ProbeError(
+    raise ModelError(
         f"there is no architecture {str(path)!r}: it is neither one of {', '.join(NAMED)} "
         "nor a diffusers transformer config.json, nor a folder with one"
     )
@@ -143,7 +131,7 @@ def _architecture(model_class: str, config: dict[str, Any], flavour: str, where:
     known: Any = getattr(diffusers, model_class, None)
     is_model = inspect.isclass(known) and issubclass(known, diffusers.ModelMixin)
     if not is_model:
-        raise ProbeError(
+        raise ModelError(
             f"{where} is of the class {model_class!r}; expected a model that diffusers {diffusers.__version__} has"
         )
     try:
@@ -151,9 +139,16 @@ def _architecture(model_class: str, config: dict[str, Any], flavour: str, where:
             model = known.from_config(config)
     except Exception as error:
         said = " ".join(str(error).split()) or type(error).__name__
-        raise ProbeError(f"diffusers cannot build {model_class} from {where}: {said}") from error
-    name = FAMILY_OF_CLASS.get(model_class, "")
-    known_streams = streams(model, family(name, model_class)) if name else ()
+        raise ModelError(f"diffusers cannot build {model_class} from {where}: {said}") from error
+    seams = DIFFUSERS.get(model_class)
+    streams = stream_blocks(find_blocks(model, seams)) if seams else {}
+    targets = family(seams.name, model_class).targets if seams else ()
     trained_as = TRAINED_AS.get(model_class, {})
-    modules = tuple(replace(one, type=trained_as.get(one.type, one.type)) for one in module_table(model))
-    return Architecture(name, flavour, model_class, modules, known_streams)
+    return Architecture(
+        family=seams.name if seams else "",
+        flavour=flavour,
+        model_class=model_class,
+        streams=tuple(Stream(name, blocks) for name, blocks in streams.items()),
+        targets=tuple(Target(each.blocks, each.at_factor, each.at_double) for each in targets),
+        modules=tuple(Module(name, trained_as.get(kind, kind), shape) for name, kind, shape in module_table(model)),
+    )

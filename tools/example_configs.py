@@ -61,6 +61,8 @@ class Model:
     sizes: str
     model_class: str
     modules: tuple[Any, ...]
+    streams: tuple[Any, ...] = ()
+    targets: tuple[Any, ...] = ()
 
     @property
     def weights(self) -> str:
@@ -83,7 +85,7 @@ def effect(config: Mapping[str, Any], model: Model) -> Effect:
     from simpletuner_layerprobe.lokr.proof import check_config
 
     try:
-        check = check_config(config, model.modules, model_class=model.model_class)
+        check = check_config(config, model)
     except ProbeError as error:
         return Effect(0, 0, (f"refused: {error}",))
     differs = []
@@ -187,11 +189,12 @@ def _model(family: str, entry: Any) -> Model:
     import torch
 
     from simpletuner_layerprobe.probe.modules import module_table
+    from simpletuner_layerprobe.run.manifest import Module
 
     sizes, settings = SIZES.get(family, ("class defaults", {}))
     with _quiet(), torch.device("meta"):
         built = entry.MODEL_CLASS(**settings)
-    return Model(family, sizes, type(built).__name__, module_table(built))
+    return Model(family, sizes, type(built).__name__, tuple(Module(*row) for row in module_table(built)))
 
 
 def _check_zoo(registry: Mapping[str, Any]) -> None:
@@ -207,8 +210,8 @@ def _check_zoo(registry: Mapping[str, Any]) -> None:
             with torch.device("meta"):
                 trained = module_table(registry[zoo.family].MODEL_CLASS(**NAMED[name].config))
         seen = [
-            {(one.name, one.type, one.shape) for one in table if "ModuleList" not in one.type}
-            for table in (zoo.modules, trained)
+            {row for row in table if "ModuleList" not in row[1]}
+            for table in ([(one.name, one.type, one.shape) for one in zoo.modules], trained)
         ]
         different = sorted(seen[0] ^ seen[1])
         if different:

@@ -7,49 +7,52 @@ matrix. Shape letters: L blocks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from functools import cache
-from math import isqrt, prod
+from math import isqrt
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from simpletuner_layerprobe.errors import ProbeError
+from simpletuner_layerprobe.errors import ConfigError
 
-ARTICLE_MAX_FACTOR = 12
+ARTICLE_CONTRAST = 12
+"""The article's factor of the block that contributes least; 1 is that of the block that contributes most."""
 AUTO_FACTOR = -1
 """LyCORIS's factor for "as square as the dimension allows"."""
 
 
 def article_factors(
-    value_L: ArrayLike, *, max_factor: int = ARTICLE_MAX_FACTOR, critical: Sequence[int] = ()
+    value_L: ArrayLike, *, contrast: float = ARTICLE_CONTRAST, critical: Sequence[int] = ()
 ) -> NDArray[np.int64]:
-    """The article's factors: round((1 - contribution) * (max_factor - 1) + 1), critical blocks get 1.
+    """The article's factors: round((1 - contribution) * (contrast - 1) + 1), critical blocks get 1.
 
-    value_L: (L,) contributions in [0, 1], 1 for the block that contributes most. Halves are rounded to
-    even, as numpy and Python do. critical: numbers of blocks, counted from 0. Returns (L,) int64 in
-    [1, max_factor]. Raises ProbeError for a max_factor below 1, a contribution outside [0, 1], a critical
-    block that is not there.
+    value_L: (L,) contributions in [0, 1], 1 for the block that contributes most. Halves are rounded to even, as numpy
+    and Python do. critical: numbers of blocks, counted from 0. Returns (L,) int64, 1 or more. Raises ConfigError for a
+    contrast below 1, a contribution outside [0, 1], a critical block that is not there.
     """
-    if isinstance(max_factor, bool) or not isinstance(max_factor, int | np.integer) or max_factor < 1:
-        raise ProbeError(f"the largest factor is {max_factor!r}; it must be a whole number, 1 or more")
+    if not 1 <= contrast < float("inf"):
+        raise ConfigError(f"the contrast is {contrast}; expected a number, 1 or more")
     contribution_L = np.asarray(value_L, dtype=np.float64)
     if contribution_L.ndim != 1 or contribution_L.size == 0:
-        raise ProbeError(f"contributions have the shape {contribution_L.shape}; expected one number per block")
+        raise ConfigError(f"contributions have the shape {contribution_L.shape}; expected one number per block")
     outside_L = ~((contribution_L >= 0) & (contribution_L <= 1))
     if outside_L.any():
         block = int(np.flatnonzero(outside_L)[0])
-        raise ProbeError(f"the contribution of block {block} is {contribution_L[block]}; expected 0 to 1")
-    inverted_L = 1 - contribution_L
-    factor_L = np.clip(np.round(inverted_L * (max_factor - 1) + 1), 1, max_factor).astype(np.int64)
-    for block in critical:
-        if isinstance(block, bool) or not isinstance(block, int | np.integer):
-            raise ProbeError(f"critical block {block!r} is not a whole number; give block numbers such as 0,31,35")
-        if not 0 <= block < factor_L.size:
-            raise ProbeError(f"critical block {block} does not exist; the blocks are 0 to {factor_L.size - 1}")
-        factor_L[block] = 1
+        raise ConfigError(f"the contribution of block {block} is {contribution_L[block]}; expected 0 to 1")
+    factor_L = np.maximum(1, np.round((1 - contribution_L) * (contrast - 1) + 1)).astype(np.int64)
+    factor_L[list(checked_blocks(critical, factor_L.size, "critical block"))] = 1
     return factor_L
+
+
+def checked_blocks(numbers: Iterable[int], count: int, what: str) -> tuple[int, ...]:
+    """Numbers of blocks, counted from 0, as they are. Raises ConfigError for one that is not below `count`."""
+    for number in numbers:
+        if isinstance(number, bool) or not isinstance(number, int | np.integer):
+            raise ConfigError(f"{what} {number!r} is not a whole number; give block numbers such as 0,31,35")
+        if not 0 <= number < count:
+            raise ConfigError(f"{what} {number} does not exist; the blocks are 0 to {count - 1}")
+    return tuple(map(int, numbers))
 
 
 @cache
@@ -58,54 +61,33 @@ def achieved_factor(dimension: int, factor: int) -> int:
 
     A factor that divides the dimension is taken as it is (or the quotient, if that is smaller); any other
     becomes the largest divisor up to the factor and the square root of the dimension. So 2432 = 2^7 * 19 and
-    the factors 1 to 12 only know 1, 2, 4 and 8. -1 asks for the largest divisor up to the square root.
-    Raises ProbeError for another factor below 1.
+    the factors 1 to 12 only know 1, 2, 4 and 8. factor: 1 or more.
     Source: LyCORIS 4.1.3, functional/general.py, `factorization`.
     """
-    if factor != AUTO_FACTOR and factor < 1:
-        raise ProbeError(f"the factor is {factor}; it must be a whole number, 1 or more, or -1 for automatic")
-    if factor > 0 and dimension % factor == 0:
+    if dimension % factor == 0:
         return min(factor, dimension // factor)
-    largest = isqrt(dimension) if factor == AUTO_FACTOR else min(factor, isqrt(dimension))
-    return next(part for part in range(largest, 0, -1) if dimension % part == 0)
+    return _largest_part(dimension, factor)
 
 
-@dataclass(frozen=True)
-class Factorisation:
-    """How a full-matrix LoKr splits one weight of shape (out, in, *kernel).
+def factor_steps(dimensions: Iterable[int]) -> tuple[int, ...]:
+    """The factors that make a difference for weights of these dimensions, ascending.
 
-    out_parts, in_parts: (part of w1, part of w2); their products are the two dimensions. kernel: () for a
-    linear layer; it stays with w2.
+    A step splits every dimension at its largest divisor up to the factor and the dimension's square root. Factors
+    that LyCORIS takes otherwise for one of them are left out: those above the root that divide the dimension (64 turns
+    2432 into 38 x 64, but 76 into 32 x 76). From step to step no parts become smaller, so that the parameters fall.
+    On SD3.5 Large's attention they are 1, 2, 4, 8, 16, 19, 32 and 38.
     """
-
-    out_parts: tuple[int, int]
-    in_parts: tuple[int, int]
-    kernel: tuple[int, ...] = ()
-
-    @property
-    def w1_shape(self) -> tuple[int, ...]:
-        return (self.out_parts[0], self.in_parts[0])
-
-    @property
-    def w2_shape(self) -> tuple[int, ...]:
-        return (self.out_parts[1], self.in_parts[1], *self.kernel)
-
-    @property
-    def parameters(self) -> int:
-        """Trainable numbers: those of w1 and of w2."""
-        return prod(self.w1_shape) + prod(self.w2_shape)
+    steps: list[int] = []
+    last: tuple[int, ...] = ()
+    distinct = sorted(set(dimensions))
+    for factor in range(1, max(isqrt(dimension) for dimension in distinct) + 1):
+        split = tuple(achieved_factor(dimension, factor) for dimension in distinct)
+        if split != last and split == tuple(_largest_part(dimension, factor) for dimension in distinct):
+            steps.append(factor)
+            last = split
+    return tuple(steps)
 
 
-def factorisation(shape: tuple[int, ...], factor: int) -> Factorisation:
-    """The split of a weight of shape (out, in) or (out, in, *kernel) at `factor`, as LyCORIS's LoKr makes it.
-
-    Raises ProbeError for a factor below 1 other than -1.
-    """
-    out_dimension, in_dimension, *kernel = shape
-    out_part, in_part = achieved_factor(out_dimension, factor), achieved_factor(in_dimension, factor)
-    return Factorisation((out_part, out_dimension // out_part), (in_part, in_dimension // in_part), tuple(kernel))
-
-
-def lokr_parameters(shape: tuple[int, ...], factor: int) -> int:
-    """Trainable numbers of a full-matrix LoKr on a weight of shape (out, in, *kernel)."""
-    return factorisation(shape, factor).parameters
+def _largest_part(dimension: int, factor: int) -> int:
+    """The largest divisor of a dimension up to the factor and the square root."""
+    return next(part for part in range(min(factor, isqrt(dimension)), 0, -1) if dimension % part == 0)

@@ -14,36 +14,38 @@ helpers/training/adapter.py, `load_lora_weights`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 
-from simpletuner_layerprobe.errors import ProbeError
-from simpletuner_layerprobe.lokr.proof import Adapter, Check, Row, skeleton
-from simpletuner_layerprobe.lokr.ranks import PlannedRank
-from simpletuner_layerprobe.run.manifest import Module
+from simpletuner_layerprobe.errors import ConfigError
+from simpletuner_layerprobe.files import json_bytes
+from simpletuner_layerprobe.lokr.adapter import LORA, Adapter
+from simpletuner_layerprobe.lokr.check import Check, rows_of
+from simpletuner_layerprobe.lokr.groups import Model
+from simpletuner_layerprobe.lokr.skeleton import skeleton
 
 INIT_NAME = "lora_ranks.safetensors"
 TARGETS_NAME = "lora_target_modules.json"
-NOT_IN_A_SKELETON = ("bitsandbytes", "torchao", "torchvision", "sklearn")
-"""Packages that PEFT, and transformers for it, import if they are there, and no layer of a skeleton needs."""
 
 
-def init_file(plan: Sequence[PlannedRank], model_class: str) -> bytes:
-    """The `init_lora` file of a plan: an empty tensor of shape (rank, 0) per module. The same plan, the same bytes."""
+def files(intended: Mapping[str, Adapter], model_class: str) -> dict[str, bytes]:
+    """The two files of a plan: an empty tensor of shape (rank, 0) per module, and the names of the modules."""
     from safetensors.numpy import save
 
     component = "unet" if "UNet" in model_class else "transformer"
-    return bytes(
-        save({f"{component}.{one.name}.lora_down.weight": np.zeros((one.rank, 0), np.float32) for one in plan})
-    )
+    shapes = {
+        f"{component}.{name}.lora_down.weight": np.zeros((rank, 0), np.float32)
+        for name, rank in _ranks(intended).items()
+    }
+    return {TARGETS_NAME: json_bytes(list(intended)), INIT_NAME: bytes(save(shapes))}
 
 
-def options(plan: Sequence[PlannedRank], folder: str) -> dict[str, Any]:
+def options(intended: Mapping[str, Adapter], folder: str) -> dict[str, Any]:
     """The SimpleTuner options that train a plan whose two files lie in `folder` (a POSIX path); None: left out."""
-    rank = _usual_rank(plan)
+    rank = _usual_rank(intended)
     return {
         "model_type": "lora",
         "lora_type": "standard",
@@ -55,52 +57,45 @@ def options(plan: Sequence[PlannedRank], folder: str) -> dict[str, Any]:
     }
 
 
-def verify_lora(plan: Sequence[PlannedRank], modules: Sequence[Module], *, model_class: str = "") -> Check:
+def verify_lora(intended: Mapping[str, Adapter], model: Model) -> Check:
     """Build PEFT's LoRA on the model of the table as SimpleTuner does from the plan's files; compare it with the plan.
 
     The ranks go the way of SimpleTuner: the most common one for all, the others as patterns, which PEFT matches at the
-    end of module names. Raises ProbeError, with PEFT's own words, if it refuses.
+    end of module names. Raises ConfigError, with PEFT's own words, if it refuses.
     """
     import torch
     from peft import LoraConfig, inject_adapter_in_model
 
-    model = skeleton(modules, model_class)
-    rank = _usual_rank(plan)
-    others = {one.name: one.rank for one in plan if one.rank != rank}
+    built = skeleton(model.modules, model.model_class)
+    rank = _usual_rank(intended)
+    others = {name: other for name, other in _ranks(intended).items() if other != rank}
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
         rank_pattern=others,
         alpha_pattern={name: float(other) for name, other in others.items()},
-        target_modules=[one.name for one in plan],
+        target_modules=list(intended),
     )
     try:
         with torch.device("meta"):
-            inject_adapter_in_model(config, model, low_cpu_mem_usage=True)
+            inject_adapter_in_model(config, built, low_cpu_mem_usage=True)
     except (ValueError, RuntimeError, TypeError) as error:
-        raise ProbeError(f"PEFT {version('peft')} cannot build the adapter: {' '.join(str(error).split())}") from error
-    layers: dict[str, Any] = {name: one for name, one in model.named_modules() if hasattr(one, "lora_A")}
-    got = {
-        name: Adapter(
-            "lora",
-            None,
-            tuple(
-                (f"lora_{side}.weight", tuple(getattr(one, f"lora_{side}")["default"].weight.shape)) for side in "AB"
-            ),
-            float(one.scaling["default"]),
-        )
-        for name, one in layers.items()
-    }
-    meant = {one.name: Adapter("lora", None, one.tensors, one.alpha / one.rank) for one in plan}
-    rows = tuple(
-        Row(module.name, module.type, module.shape, meant.get(module.name), got.get(module.name))
-        for module in modules
-        if module.name in meant or module.name in got
-    )
-    return Check(rows, (), (), version("peft"), "PEFT")
+        raise ConfigError(f"PEFT {version('peft')} cannot build the adapter: {' '.join(str(error).split())}") from error
+    layers: dict[str, Any] = {name: layer for name, layer in built.named_modules() if hasattr(layer, "lora_A")}
+    got = {}
+    for name, layer in layers.items():
+        tensors = [
+            (f"lora_{side}.weight", tuple(getattr(layer, f"lora_{side}")["default"].weight.shape)) for side in "AB"
+        ]
+        got[name] = Adapter(LORA, None, tuple(tensors), float(layer.scaling["default"]))
+    return Check(rows_of(model.modules, intended, got), (), (), version("peft"), "PEFT")
 
 
-def _usual_rank(plan: Sequence[PlannedRank]) -> int:
+def _ranks(intended: Mapping[str, Adapter]) -> dict[str, int]:
+    return {name: adapter.tensors[0][1][0] for name, adapter in intended.items()}
+
+
+def _usual_rank(intended: Mapping[str, Adapter]) -> int:
     """The most common rank, the larger one among equals: what SimpleTuner takes for `r`."""
-    counts = Counter(one.rank for one in plan)
+    counts = Counter(_ranks(intended).values())
     return max(counts, key=lambda rank: (counts[rank], rank))

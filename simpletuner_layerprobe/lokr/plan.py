@@ -1,454 +1,298 @@
-"""Contributions to factors that fit a budget of parameters.
+"""A plan: the factor or rank of every module, from the contributions of a run; the article's recipe is one.
 
-What is chosen. The modules of one kind (feed-forward, attention, modulation) in one block are a group and get one
-factor. A factor counts if it is a step: it splits every dimension in the group's chain as finely as a factor of its
-size can, and otherwise than the step before it. On SD3.5 Large's attention the steps are 1, 2, 4, 8, 16, 19, 32 and 38.
-A chain is the groups of one kind in one block list (and, per stream, of one stream); along it, in the order of the
-contributions, capacity never rises: more contribution never gets less capacity. That is the kind of assignment meant
-below.
+`make_plan` gives the plan, `decide_of` what it decides for many heatmaps at once (bootstrap replicates), so that one
+recipe with one set of options answers both what the factors are and whether they are settled.
 
-What is maximised. Let p be the trainable parameters of a group and
-
-    share = size / (ratio * wish)^2, divided by the sum over all groups,
-
-where size is the number of weights in the group, ratio that of its kind (attention 2, the others 1) and wish the
-article's line from contribution to factor: 1 for the block that contributes most, `contrast` (12) for the one that
-contributes least. The plan maximises
-
-    sum of share * log(p)    subject to    budget * (1 - TOLERANCE) <= sum of p <= budget.
-
-Without steps the best p is share * budget: the article's factors, all multiplied by the one number that makes them fit.
-With steps it is the assignment whose split of the budget has the smallest Kullback-Leibler divergence from that one.
-
-What is guaranteed. A total within the tolerance counts as reached: among the assignments there the contributions
-decide, and another may lie nearer to the budget. If none lies there, the one whose total is nearest to the budget,
-above or below, is taken, and of equally near ones the one of the largest sum. `Plan.bound` says which of both it is and
-what is proved. allocation.py says how it is solved: by an exhaustive search where one ends soon, else by branch and
-bound (on SD3.5 and Flux.1-dev, with contrasts from 12 to a million, the slack left was 0.002% or less).
-
-Shape letters: R replicates, L blocks, G groups, S steps.
+Shape letters: R replicates, L blocks, G groups, K numbers that are decided.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
-from functools import cached_property
-from math import ceil, isqrt, prod
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from simpletuner_layerprobe.errors import ProbeError
-from simpletuner_layerprobe.lokr.allocation import Allocated, allocate
-from simpletuner_layerprobe.lokr.config import Planned, layer_kind
-from simpletuner_layerprobe.lokr.factors import ARTICLE_MAX_FACTOR, achieved_factor, lokr_parameters
-from simpletuner_layerprobe.probe.families import Target, lies_at
-from simpletuner_layerprobe.run.manifest import Module
+from simpletuner_layerprobe.analyse.bootstrap import Bootstrap
+from simpletuner_layerprobe.analyse.contribution import Contribution, article_values, stream_values
+from simpletuner_layerprobe.analyse.settled import Decide, article_decide
+from simpletuner_layerprobe.errors import ConfigError
+from simpletuner_layerprobe.files import json_bytes, write_files
+from simpletuner_layerprobe.lokr import lora
+from simpletuner_layerprobe.lokr.adapter import ALGORITHMS, LOKR, LORA, Adapter, article_number
+from simpletuner_layerprobe.lokr.amounts import ARTICLE, preset_parameters
+from simpletuner_layerprobe.lokr.budget import MORE, Budget
+from simpletuner_layerprobe.lokr.check import Check
+from simpletuner_layerprobe.lokr.config import LYCORIS_CONFIG_NAME, lycoris_config
+from simpletuner_layerprobe.lokr.factors import ARTICLE_CONTRAST, article_factors, checked_blocks
+from simpletuner_layerprobe.lokr.groups import JOINT, RATIOS, Group, Model, module_groups
+from simpletuner_layerprobe.lokr.proof import verify
 
-FEED_FORWARD, ATTENTION, MODULATION = "feed-forward", "attention", "modulation"
-KINDS = (FEED_FORWARD, ATTENTION, MODULATION)
-ARTICLE_RATIOS = {FEED_FORWARD: 1.0, ATTENTION: 2.0, MODULATION: 1.0}
-UNIFORM = "uniform"
-DIRECTIONS = ("more-change-more-capacity", "more-change-less-capacity", UNIFORM)
-JOINT = "joint"
-"""The contributions of all streams combined: those of the modules that work on all of them at once."""
-
-TOLERANCE = 0.001
-"""A total that is no further below the budget than this fraction of it counts as reached."""
-
-_SPREAD = 0x9E3779B1  # 2^32 / golden ratio: its multiples, modulo 2^32, fill the range evenly
-
-_MODULATION_WORDS = re.compile(r"norm|mod|adaln", re.IGNORECASE)
-# Parts of module names that say which stream a module of a double-stream block works on.
-_IMAGE_WORDS = frozenset({"img", "image", "i"})
-_STREAM_WORDS = {
-    "text": frozenset({"context", "txt", "text", "add", "added", "instruct", "t"}),
-    "audio": frozenset({"audio"}),
-}
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
-class Group:
-    """The modules of one kind in one block, which share a factor.
+class Recipe:
+    """What a plan is asked for. Building one checks it and raises ConfigError.
 
-    number: the block's, counted from 0. chain: what tells its monotone chain from others. stream: whose contributions
-    it goes by, JOINT for those of all streams combined.
+    preset: "article" for its recipe, or the trainable parameters: a number, "400M", "800MB" in bf16.
+    critical: numbers of the blocks that get factor 1; "auto" looks for them in the article's recipe
+    (`critical_blocks`) and means none with a number of parameters.
+    direction, per_stream: with a number of parameters only; see budget.py, and `module_groups` for streams.
+    contrast: the factor of the block that contributes least, where the one that contributes most has 1; with a number
+    of parameters their relation, at most MAX_CONTRAST.
+    freeze: numbers of the blocks that get nothing.
+    algo: one of ALGORITHMS. rank: of factor 1 in the article's recipe, for the algorithms with ranks.
+    weighting: how contributions are made of heatmaps, as `article_values` takes it; `make_plan` has them already.
     """
 
-    number: int
-    block: str
-    kind: str
-    stream: str
-    chain: tuple[str, str, str]
-    modules: tuple[Module, ...]
+    preset: str | int = ARTICLE
+    critical: str | tuple[int, ...] = AUTO
+    direction: str = MORE
+    per_stream: bool = False
+    contrast: float = ARTICLE_CONTRAST
+    freeze: tuple[int, ...] = ()
+    algo: str = LOKR
+    rank: int | None = None
+    weighting: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.algo not in ALGORITHMS:
+            raise ConfigError(f"the algorithm is {self.algo!r}; expected one of {', '.join(ALGORITHMS)}")
+        if isinstance(self.critical, str) and self.critical != AUTO:
+            raise ConfigError(f"the critical blocks are {self.critical!r}; expected auto, or block numbers")
+        if self.parameters is None and (self.per_stream or self.direction != MORE):
+            raise ConfigError("a direction, and plans per stream, need a number of parameters")
+        if self.rank is not None and (self.algo == LOKR or self.parameters is not None):
+            raise ConfigError("a rank is for loha, locon and lora without a number of parameters")
 
     @property
-    def size(self) -> int:
-        """The weights of its modules."""
-        return sum(prod(module.shape) for module in self.modules)
+    def parameters(self) -> int | None:
+        """The trainable parameters asked for, None for the article's recipe."""
+        return preset_parameters(self.preset)
 
-    def parameters(self, factor: int) -> int:
-        """Trainable numbers at this factor."""
-        return sum(lokr_parameters(module.shape, factor) for module in self.modules)
+    def groups(self, model: Model, blocks: Sequence[str], streams: Mapping[str, Sequence[str]]) -> tuple[Group, ...]:
+        """The groups of modules that share a number. Raises ConfigError as `module_groups` does."""
+        freeze = checked_blocks(self.freeze, len(blocks), "frozen block")
+        if not isinstance(self.critical, str):
+            checked_blocks(self.critical, len(blocks), "critical block")
+            both = sorted({*freeze} & {*self.critical})
+            if both:
+                raise ConfigError(f"block {both[0]} is frozen and critical; it can be one of them")
+        return module_groups(
+            model,
+            blocks,
+            streams=streams if self.per_stream else None,
+            freeze=freeze,
+            kinds=("linear",) if self.algo == LORA else ("linear", "conv"),
+        )
+
+    def article_number(self, group: Group, factor: int) -> int:
+        """What a group gets in the article's recipe where its block has this factor."""
+        return article_number(self.algo, factor * RATIOS[group.kind], self.rank)
+
+    def budget(self, groups: Sequence[Group], parameters: int) -> Budget:
+        """The planner for a number of parameters."""
+        return Budget(
+            groups,
+            parameters,
+            algo=self.algo,
+            direction=self.direction,
+            contrast=self.contrast,
+            full=() if isinstance(self.critical, str) else self.critical,
+        )
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A factor for every group.
+    """A factor (with loha, locon and lora a rank) for every group of modules.
 
-    groups, factors: one factor per group, in the model's order; blocks that are frozen have no group. budget, reached:
-    trainable parameters, wished and exactly counted. least, most: what the smallest and the largest assignment of the
-    kind have. nearest: no assignment of the kind has a total nearer to the budget than this, as far as proved; 0 where
-    the total lies within the tolerance, so that the contributions decide. slack: no assignment of the kind with a total
-    of `budget` or less has a mean capacity (geometric, weighted by share) larger by more than this fraction; None where
-    the total alone decides.
+    blocks: all, in the model's order. groups, numbers: one factor or rank per group; frozen blocks have no group.
+    block_factors: the article's factor of every block, () with a budget. decided_K: the number of the block that each
+    of the K decisions of `decide_of` is about: one per block that is not frozen, with a budget one per group. budget:
+    the parameters asked for, None in the article's recipe; least, most: what the smallest and the largest plan of the
+    kind have. bound: what is proved, in words, "" without a budget. differing: places of the groups that get another
+    number from the method that judges replicates, which is as good (budget.py). check: what LyCORIS or PEFT builds,
+    once it is verified.
     """
 
+    model: Model = field(repr=False)
+    algo: str
+    blocks: tuple[str, ...]
     groups: tuple[Group, ...]
-    factors: tuple[int, ...]
-    budget: int
-    reached: int
-    least: int
-    most: int
-    nearest: int
-    slack: float | None
+    numbers: tuple[int, ...]
+    decided_K: tuple[int, ...]
+    block_factors: tuple[int, ...] = ()
+    budget: int | None = None
+    least: int | None = None
+    most: int | None = None
+    bound: str = ""
+    slack: float | None = None
+    differing: tuple[int, ...] = ()
+    check: Check | None = field(default=None, repr=False)
+
+    @property
+    def word(self) -> str:
+        """What a number is: "factor" or "rank"."""
+        return "factor" if self.algo == LOKR else "rank"
+
+    @cached_property
+    def intended(self) -> dict[str, Adapter]:
+        """What every module is meant to get, worked out without LyCORIS."""
+        return {
+            module.name: adapter
+            for group, number in zip(self.groups, self.numbers, strict=True)
+            for module, adapter in zip(group.modules, group.adapters(self.algo, number), strict=True)
+        }
+
+    @cached_property
+    def parameters(self) -> int:
+        """Trainable numbers, exactly counted."""
+        return sum(map(self.block_parameters, range(len(self.blocks))))
 
     @property
     def gap(self) -> int:
-        """Trainable parameters above (or, if negative, below) the budget."""
-        return self.reached - self.budget
+        """Trainable parameters above (or, if negative, below) the budget; 0 without one."""
+        return 0 if self.budget is None else self.parameters - self.budget
 
-    @cached_property
-    def planned(self) -> tuple[Planned, ...]:
-        """The factor of every module, group by group."""
-        return tuple(
-            Planned(module.name, module.shape, factor)
-            for group, factor in zip(self.groups, self.factors, strict=True)
-            for module in group.modules
+    def block_parameters(self, number: int) -> int:
+        """Trainable numbers in one block."""
+        return sum(
+            group.parameters(self.algo, given)
+            for group, given in zip(self.groups, self.numbers, strict=True)
+            if group.number == number
         )
 
-    def bound(self) -> str:
-        """What is proved, in words."""
-        if self.budget <= self.least:
-            return f"the smallest assignment of this kind has {self.least:,} parameters"
-        if self.budget >= self.most:
-            return f"the largest assignment of this kind has {self.most:,} parameters"
-        if self.slack is None:
-            if self.nearest == abs(self.gap):
-                return "no assignment of this kind has a total nearer to the budget"
-            return f"no assignment of this kind is nearer to the budget than {self.nearest:,} parameters"
-        larger = f"a mean capacity (weighted by contribution) more than {ceil(self.slack * 1e4) / 1e4:.2%} larger"
-        if not self.slack:
-            larger = "a larger mean capacity (weighted by contribution)"
-        return f"reached within {TOLERANCE:.1%}; no assignment of this kind that keeps to the budget has {larger}"
+    def config(self) -> dict[str, Any]:
+        """The LyCORIS config. Raises ConfigError for PEFT's lora, which has none."""
+        return lycoris_config(self.algo, self.groups, self.numbers, self.model.targets)
+
+    def verify(self) -> Plan:
+        """The same plan with its `check`. Raises ConfigError, naming the first difference, if LyCORIS (or PEFT) builds
+        anything else than what is meant."""
+        if self.algo == LORA:
+            check = lora.verify_lora(self.intended, self.model)
+        else:
+            check = verify(self.config(), self.intended, self.model)
+        check.require()
+        return replace(self, check=check)
+
+    def write(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
+        """Write the LyCORIS config, complete or not at all. Raises ConfigError if the file exists, unless `force`."""
+        write_files({Path(path): json_bytes(self.config())}, force=force)
+
+    def files(self) -> dict[str, bytes]:
+        """The files of a SimpleTuner environment that trains the plan, beside its options: name -> content."""
+        if self.algo == LORA:
+            return lora.files(self.intended, self.model.model_class)
+        return {LYCORIS_CONFIG_NAME: json_bytes(self.config())}
+
+    def options(self, folder: str) -> dict[str, Any]:
+        """SimpleTuner's options that train the plan, whose files lie in `folder` (a POSIX path); None: left out."""
+        if self.algo == LORA:
+            return lora.options(self.intended, folder)
+        return {"model_type": "lora", "lora_type": "lycoris", "lycoris_config": f"{folder}/{LYCORIS_CONFIG_NAME}"}
 
 
-def module_groups(
-    blocks: Sequence[str],
-    targets: Sequence[Target],
-    modules: Sequence[Module],
+def make_plan(
+    model: Model,
+    contribution: Contribution,
     *,
-    streams: Mapping[str, Sequence[str]] | None = None,
-    freeze: Sequence[int] = (),
-) -> tuple[Group, ...]:
-    """The groups of a model, in the order of its blocks.
-
-    blocks: block paths, in order. targets: the family's rules; a module that the first level matches is feed-forward,
-    or modulation if the pattern says so (norm, mod, adaln), one that the second matches is attention. streams: None, or
-    for each recorded stream the blocks that update it: then image and text modules of a block are groups of their own,
-    told apart by their names. A block whose modules do not differ so goes by its only stream, or by JOINT. freeze:
-    numbers of blocks to leave out. Raises ProbeError for a block outside of the block lists or without modules, and if
-    all blocks are frozen.
-    """
-    inside: dict[str, list[tuple[str, Module]]] = {block: [] for block in blocks}
-    for module in modules:
-        if layer_kind(module) in ("linear", "conv"):
-            parts = module.name.split(".")
-            parents = (".".join(parts[:count]) for count in range(len(parts) - 1, 0, -1))
-            block = next((path for path in parents if path in inside), None)
-            if block is not None:
-                inside[block].append((module.name[len(block) + 1 :], module))
-    groups = []
-    for number, block in enumerate(blocks):
-        if number in freeze:
-            continue
-        target = next((one for one in targets if lies_at(block, one.blocks)), None)
-        if target is None:
-            raise ProbeError(
-                f"block {block!r} lies in none of the block lists that the config has rules for: "
-                f"{', '.join(one.blocks for one in targets) or 'none'}"
-            )
-        stream_of = _streams_of(block, [name for name, _ in inside[block]], streams)
-        members: dict[tuple[str, str], list[Module]] = {}
-        for name, module in inside[block]:
-            kind = _kind(name, target)
-            if kind:
-                members.setdefault((kind, stream_of[name]), []).append(module)
-        if not members:
-            raise ProbeError(
-                f"the module table has no linear layer or convolution that LyCORIS can adapt in block {block!r}; "
-                "the run and the model do not fit together"
-            )
-        groups += [
-            Group(number, block, kind, stream, (target.blocks, kind, stream), tuple(found))
-            for (kind, stream), found in sorted(members.items(), key=lambda item: (KINDS.index(item[0][0]), item[0][1]))
-        ]
-    if not groups:
-        raise ProbeError("all blocks are frozen, so nothing would train; leave at least one out of --freeze")
-    return tuple(groups)
-
-
-def plan(
-    groups: Sequence[Group],
-    value_L_by_stream: Mapping[str, NDArray[np.float64]],
-    budget: int,
-    *,
-    direction: str = DIRECTIONS[0],
-    ratios: Mapping[str, float] = ARTICLE_RATIOS,
-    contrast: float = ARTICLE_MAX_FACTOR,
-    min_factor: int = 1,
-    max_factor: int | None = None,
-    full: Sequence[int] = (),
+    streams: Mapping[str, NDArray[np.float64]] | None = None,
+    **options: Any,
 ) -> Plan:
-    """The factors that this module's docstring describes, for one set of contributions: see `Planner`."""
-    planner = Planner(
-        groups,
-        budget,
-        direction=direction,
-        ratios=ratios,
-        contrast=contrast,
-        min_factor=min_factor,
-        max_factor=max_factor,
-        full=full,
+    """The plan for the contributions of a run. The same input gives the same plan.
+
+    model: the run's manifest, or an architecture. streams: with per_stream, each stream's contributions by itself, (L,)
+    for all blocks of `contribution`, as `stream_contributions` gives them. options: see `Recipe`. Raises ConfigError
+    for options that do not fit, or a model without a module table.
+    """
+    recipe = Recipe(**options)
+    if recipe.per_stream and not streams:
+        raise ConfigError("a plan per stream needs the contributions of each stream")
+    streams = streams if recipe.per_stream and streams else {}
+    blocks_of = {stream.name: stream.blocks for stream in model.streams if stream.name in streams}
+    groups = recipe.groups(model, contribution.blocks, blocks_of)
+    plan = partial(Plan, model=model, algo=recipe.algo, blocks=contribution.blocks, groups=groups)
+    parameters = recipe.parameters
+    if parameters is None:
+        critical = contribution.critical_union() if isinstance(recipe.critical, str) else recipe.critical
+        factor_L = article_factors(contribution.value_L, contrast=recipe.contrast, critical=critical).tolist()
+        numbers = tuple(recipe.article_number(group, factor_L[group.number]) for group in groups)
+        return plan(numbers=numbers, decided_K=_kept(groups), block_factors=tuple(factor_L))
+    budget = recipe.budget(groups, parameters)
+    allotment = budget.plan({JOINT: contribution.value_L, **streams})
+    made = plan(
+        numbers=allotment.numbers,
+        decided_K=tuple(group.number for group in groups),
+        budget=parameters,
+        least=budget.least,
+        most=budget.most,
+        slack=allotment.slack,
+        differing=allotment.differing,
     )
-    return planner.plan(value_L_by_stream)
+    return replace(made, bound=budget.bound(allotment, made.parameters))
 
 
-class Planner:
-    """Plans of the same groups for the same budget; what does not depend on the contributions is worked out once.
+def decide_of(model: Model, **options: Any) -> Callable[[Bootstrap], Decide]:
+    """What `make_plan` decides with the same options, for many heatmaps at once: see analyse/settled.py.
 
-    budget: trainable parameters, 1 or more. direction: more-change-less-capacity turns the contributions around,
-    uniform takes them as equal; what the steps leave over is then spread over the depth. ratios: per kind, above 0.
-    contrast: 1 or more. min_factor, max_factor: steps outside of them are not used. full: numbers of blocks that get
-    factor 1, whatever the rest. Raises ProbeError for what is out of range, and if the limits leave a chain no step.
+    Numbers that train alike are given as one. The article's factors are compared by name where there is no module
+    table. Raises ConfigError as `make_plan` does, in part when it is called with a bootstrap.
     """
+    recipe = Recipe(**options)
 
-    def __init__(
-        self,
-        groups: Sequence[Group],
-        budget: int,
-        *,
-        direction: str = DIRECTIONS[0],
-        ratios: Mapping[str, float] = ARTICLE_RATIOS,
-        contrast: float = ARTICLE_MAX_FACTOR,
-        min_factor: int = 1,
-        max_factor: int | None = None,
-        full: Sequence[int] = (),
-    ) -> None:
-        _check(budget, direction, ratios, contrast, min_factor, max_factor)
-        self.groups = tuple(groups)
-        self.budget = budget
-        self._direction = direction
-        self._contrast = contrast
-        chains: dict[tuple[str, str, str], list[int]] = {}
-        for place, group in enumerate(self.groups):
-            if group.number not in full:
-                chains.setdefault(group.chain, []).append(place)
-        self._places = [np.array(places) for places in chains.values()]
-        self._steps = [
-            np.array(_steps(chain, [self.groups[place] for place in places], min_factor, max_factor))
-            for chain, places in chains.items()
-        ]
-        self._parameters = [
-            np.array([[self.groups[place].parameters(step) for step in steps.tolist()] for place in places])
-            for places, steps in zip(self._places, self._steps, strict=True)
-        ]
-        self._weight_G = np.array([group.size / ratios[group.kind] ** 2 for group in self.groups])
-        self._fixed = sum(group.parameters(1) for group in self.groups if group.number in full)
-        self._least = self._fixed + sum(int(parameters_GS[:, -1].sum()) for parameters_GS in self._parameters)
-        self._most = self._fixed + sum(int(parameters_GS[:, 0].sum()) for parameters_GS in self._parameters)
-
-    def plan(self, value_L_by_stream: Mapping[str, NDArray[np.float64]]) -> Plan:
-        """The plan for one set of contributions. The same input gives the same plan.
-
-        value_L_by_stream: for JOINT, and for every stream that a group goes by, (L,) contributions in [0, 1]; not
-        needed where the direction is uniform. Raises ProbeError for a contribution that is out of range.
-        """
-        (found,) = self._allocated({name: value_L[None] for name, value_L in value_L_by_stream.items()}, 1)
-        factors = tuple(self._factors(found).tolist())
-        return Plan(
-            groups=self.groups,
-            factors=factors,
-            budget=self.budget,
-            reached=sum(group.parameters(factor) for group, factor in zip(self.groups, factors, strict=True)),
-            least=self._least,
-            most=self._most,
-            nearest=found.nearest,
-            slack=found.slack,
-        )
-
-    def factors(self, value_RL_by_stream: Mapping[str, NDArray[np.float64]]) -> NDArray[np.int64]:
-        """(R, G) the factors of the plans for R sets of contributions, as `plan` gives each, much faster."""
-        R = len(next(iter(value_RL_by_stream.values())))
-        if self._direction == UNIFORM:  # no contribution counts
-            (found,) = self._allocated(value_RL_by_stream, 1)
-            return np.tile(self._factors(found), (R, 1))
-        return np.array([self._factors(found) for found in self._allocated(value_RL_by_stream, R)])
-
-    def _allocated(self, value_RL_by_stream: Mapping[str, NDArray[np.float64]], R: int) -> list[Allocated]:
-        """What each set of contributions gives; steps per chain in the order of the groups."""
-        if self.budget <= self._least or not self._places:
-            last = [np.full(len(parameters_GS), parameters_GS.shape[1] - 1) for parameters_GS in self._parameters]
-            return [Allocated(last, self._least, abs(self._least - self.budget), None, "list")] * R
-        if self.budget >= self._most:
-            first = [np.zeros(len(parameters_GS), dtype=np.int64) for parameters_GS in self._parameters]
-            return [Allocated(first, self._most, self.budget - self._most, None, "list")] * R
-        value_RG = self._values(value_RL_by_stream, R)
-        more = self._direction != DIRECTIONS[1]
-        wish_RG = 1 + (self._contrast - 1) * (1 - value_RG if more else value_RG)
-        weight_RG = self._weight_G / wish_RG**2
-        free_G = np.concatenate(self._places)
-        share_RG = weight_RG / weight_RG[:, free_G].sum(axis=1, keepdims=True)
-        order = [
-            np.lexsort(
-                (
-                    np.broadcast_to(np.arange(len(places_G)) * _SPREAD % 2**32, (R, len(places_G))),
-                    -value_RG[:, places_G] if more else value_RG[:, places_G],
-                ),
-                axis=1,
+    def of(bootstrap: Bootstrap) -> Decide:
+        parameters = recipe.parameters
+        groups = recipe.groups(model, bootstrap.names, bootstrap.blocks) if model.modules or parameters else ()
+        if parameters is None:
+            return article_decide(
+                bootstrap,
+                lambda value_N: article_factors(value_N, contrast=recipe.contrast),
+                critical=None if isinstance(recipe.critical, str) else recipe.critical,
+                alike=_article_alike(recipe, groups) if groups else None,
+                **recipe.weighting,
             )
-            for places_G in self._places
+        budget = recipe.budget(groups, parameters)
+
+        def decide(mean_RTL: Mapping[str, NDArray[np.float64]]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+            value_RL = article_values(mean_RTL, bootstrap.blocks, **recipe.weighting)
+            values = {JOINT: value_RL}
+            if recipe.per_stream:
+                clip = {name: recipe.weighting[name] for name in ("clip_percentile",) if name in recipe.weighting}
+                values |= stream_values(mean_RTL, bootstrap.blocks, **clip)
+            return value_RL, budget.numbers(values)
+
+        return decide
+
+    return of
+
+
+def _kept(groups: Sequence[Group]) -> tuple[int, ...]:
+    """The numbers of the blocks that are not frozen."""
+    return tuple(dict.fromkeys(group.number for group in groups))
+
+
+def _article_alike(recipe: Recipe, groups: Sequence[Group]) -> Callable[[NDArray[np.int64]], NDArray[np.int64]]:
+    """(R, L) factors -> (R, K), per block the smallest factor with which all of its modules train alike."""
+    factors = range(1, max(1, round(recipe.contrast)) + 1)
+    kept = _kept(groups)
+    first: list[NDArray[np.int64]] = []
+    for number in kept:
+        alike_by_group = [
+            group.first_alike(recipe.algo, [recipe.article_number(group, factor) for factor in factors]).tolist()
+            for group in groups
+            if group.number == number
         ]
-        share = [share_RG[:, places_G] for places_G in self._places]
-        highest = self.budget - self._fixed
-        allocated = allocate(self._parameters, order, share, highest - int(self.budget * TOLERANCE), highest)
-        return [
-            replace(
-                found, steps=[_unsorted(*pair) for pair in zip(found.steps, (one[r] for one in order), strict=True)]
-            )
-            for r, found in enumerate(allocated)
-        ]
+        trained = list(zip(*alike_by_group, strict=True))
+        first.append(np.array([0, *(1 + trained.index(each) for each in trained)]))
 
-    def _values(self, value_RL_by_stream: Mapping[str, NDArray[np.float64]], R: int) -> NDArray[np.float64]:
-        """(R, G) the contribution that each group goes by."""
-        if self._direction == UNIFORM:
-            return np.ones((R, len(self.groups)))
-        value_RG = np.stack(
-            [value_RL_by_stream[group.stream][:, group.number] for group in self.groups], axis=1, dtype=np.float64
-        )
-        outside_RG = ~((value_RG >= 0) & (value_RG <= 1))
-        if outside_RG.any():
-            r, g = np.argwhere(outside_RG)[0]
-            raise ProbeError(f"the contribution of block {self.groups[g].number} is {value_RG[r, g]}; expected 0 to 1")
-        return value_RG
+    def alike(factor_RL: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.stack([first_F[factor_RL[:, number]] for number, first_F in zip(kept, first, strict=True)], axis=1)
 
-    def _factors(self, found: Allocated) -> NDArray[np.int64]:
-        """(G,) the factors of an allocation."""
-        factor_G = np.ones(len(self.groups), dtype=np.int64)
-        for places_G, steps_S, step_G in zip(self._places, self._steps, found.steps, strict=True):
-            factor_G[places_G] = steps_S[step_G]
-        return factor_G
-
-
-def _unsorted(steps_G: NDArray[np.int64], order_G: NDArray[np.intp]) -> NDArray[np.int64]:
-    """Steps along a chain, in the order of its groups."""
-    found_G = np.empty_like(steps_G)
-    found_G[order_G] = steps_G
-    return found_G
-
-
-def factor_steps(dimensions: Sequence[int]) -> tuple[int, ...]:
-    """The factors that make a difference for weights of these dimensions, ascending.
-
-    A step splits every dimension at its largest divisor up to the factor and the dimension's square root. Factors
-    that LyCORIS takes otherwise for one of them are left out: those above the root that divide the dimension (64 turns
-    2432 into 38 x 64, but 76 into 32 x 76). From step to step no parts become smaller, so that the parameters fall.
-    """
-    found: list[int] = []
-    last: tuple[int, ...] = ()
-    distinct = sorted(set(dimensions))
-    for factor in range(1, max(isqrt(dimension) for dimension in distinct) + 1):
-        split = tuple(achieved_factor(dimension, factor) for dimension in distinct)
-        if split != last and split == tuple(_largest_part(dimension, factor) for dimension in distinct):
-            found.append(factor)
-            last = split
-    return tuple(found)
-
-
-def _check(
-    budget: int,
-    direction: str,
-    ratios: Mapping[str, float],
-    contrast: float,
-    min_factor: int,
-    max_factor: int | None,
-) -> None:
-    if budget < 1:
-        raise ProbeError(f"the budget is {budget} parameters; expected 1 or more")
-    if direction not in DIRECTIONS:
-        raise ProbeError(f"the direction is {direction!r}; expected one of {', '.join(DIRECTIONS)}")
-    for kind in KINDS:
-        if not 0 < ratios[kind] < float("inf"):
-            raise ProbeError(f"the ratio of {kind} is {ratios[kind]}; expected a number above 0")
-    if not 1 <= contrast < float("inf"):
-        raise ProbeError(f"the contrast is {contrast}; expected a number, 1 or more")
-    if min_factor < 1 or (max_factor is not None and max_factor < min_factor):
-        raise ProbeError(
-            f"factors from {min_factor} to {max_factor} are asked for; expected whole numbers, the smallest 1 or more "
-            "and not above the largest"
-        )
-
-
-def _steps(
-    chain: tuple[str, str, str], groups: Sequence[Group], min_factor: int, max_factor: int | None
-) -> tuple[int, ...]:
-    """The steps of a chain within the limits."""
-    steps = factor_steps([size for group in groups for module in group.modules for size in module.shape[:2]])
-    within = tuple(step for step in steps if min_factor <= step and (max_factor is None or step <= max_factor))
-    if not within:
-        raise ProbeError(
-            f"no factor from {min_factor} to {'any' if max_factor is None else max_factor} makes a difference for the "
-            f"{chain[1]} of {chain[0]}; those that do: {', '.join(map(str, steps))}"
-        )
-    return within
-
-
-def _kind(name: str, target: Target) -> str:
-    """The kind of a module by its name inside the block, "" if the target leaves it out."""
-    for pattern in target.at_factor:
-        if fnmatchcase(name, pattern):
-            return MODULATION if _MODULATION_WORDS.search(pattern) else FEED_FORWARD
-    return ATTENTION if any(fnmatchcase(name, pattern) for pattern in target.at_double) else ""
-
-
-def _streams_of(block: str, names: Sequence[str], streams: Mapping[str, Sequence[str]] | None) -> dict[str, str]:
-    """Whose contributions each module of a block goes by, by the module's name inside the block."""
-    if streams is None:
-        return dict.fromkeys(names, JOINT)
-    said = {name: _named_stream(name, streams) for name in names}
-    if any(stream != "image" for stream in said.values()):
-        return said
-    updated = [stream for stream, blocks in streams.items() if block in blocks]
-    return dict.fromkeys(names, updated[0] if len(updated) == 1 else JOINT)
-
-
-def _named_stream(name: str, streams: Mapping[str, Sequence[str]]) -> str:
-    """The stream that a module's name tells of, the innermost part first; "image" if none does."""
-    for part in reversed(name.split(".")):
-        words = set(part.lower().split("_"))
-        words |= {word.rstrip("0123456789") for word in words}
-        told = [stream for stream, known in _STREAM_WORDS.items() if stream in streams and words & known]
-        if words & _IMAGE_WORDS:
-            if not told:
-                return "image"
-        elif told:
-            return told[0]
-    return "image"
-
-
-def _largest_part(dimension: int, factor: int) -> int:
-    """The largest divisor of a dimension up to the factor and the square root."""
-    return next(part for part in range(min(factor, isqrt(dimension)), 0, -1) if dimension % part == 0)
+    return alike

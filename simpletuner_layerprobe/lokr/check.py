@@ -1,0 +1,91 @@
+"""What a check says: module by module, what was meant and what LyCORIS or PEFT builds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from simpletuner_layerprobe.errors import ConfigError
+from simpletuner_layerprobe.lokr.adapter import Adapter
+
+if TYPE_CHECKING:
+    from simpletuner_layerprobe.run.manifest import Module
+
+
+@dataclass(frozen=True)
+class Row:
+    """One module: what it was meant to get and what LyCORIS builds for it; None is no adapter."""
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    intended: Adapter | None
+    got: Adapter | None
+
+    @property
+    def ok(self) -> bool:
+        if self.intended is None or self.got is None:
+            return self.intended is self.got
+        return self.intended.same_as(self.got)
+
+    def __str__(self) -> str:
+        return f"{self.name}: meant {self.intended or 'no adapter'}, gets {self.got or 'no adapter'}"
+
+
+@dataclass(frozen=True)
+class Check:
+    """What LyCORIS (or PEFT) builds from a config on a model.
+
+    rows: the modules that were meant to get an adapter or get one, in the model's order. unmatched: name
+    patterns and classes that the model has nothing for. notes: what else the reader should know of the
+    config, one line each. version: of the builder, LyCORIS or PEFT.
+    """
+
+    rows: tuple[Row, ...]
+    unmatched: tuple[str, ...]
+    notes: tuple[str, ...]
+    version: str
+    builder: str = "LyCORIS"
+
+    @property
+    def wrong(self) -> tuple[Row, ...]:
+        return tuple(row for row in self.rows if not row.ok)
+
+    @property
+    def missing(self) -> tuple[Row, ...]:
+        """The modules that were meant to get an adapter and get none."""
+        return tuple(row for row in self.rows if row.got is None)
+
+    @property
+    def extra(self) -> tuple[Row, ...]:
+        """The modules that get an adapter and were meant to have none."""
+        return tuple(row for row in self.rows if row.intended is None)
+
+    @property
+    def intended_parameters(self) -> int:
+        """Trainable numbers, as meant."""
+        return sum(row.intended.parameters for row in self.rows if row.intended is not None)
+
+    @property
+    def parameters(self) -> int:
+        """Trainable numbers that LyCORIS really makes."""
+        return sum(row.got.parameters for row in self.rows if row.got is not None)
+
+    def require(self) -> None:
+        """Raise ConfigError, naming the first difference, unless every module gets what was meant."""
+        if self.wrong:
+            raise ConfigError(
+                f"{self.builder} {self.version} builds {len(self.wrong)} of {len(self.rows)} modules otherwise than "
+                f"meant, first {self.wrong[0]}"
+            )
+
+
+def rows_of(modules: Sequence[Module], intended: Mapping[str, Adapter], got: Mapping[str, Adapter]) -> tuple[Row, ...]:
+    """The rows of a check, in the order of the modules; those that the model does not have come last."""
+    known = {module.name for module in modules}
+    return tuple(
+        Row(module.name, module.type, module.shape, intended.get(module.name), got.get(module.name))
+        for module in modules
+        if module.name in intended or module.name in got
+    ) + tuple(Row(name, "", (), adapter, None) for name, adapter in intended.items() if name not in known)

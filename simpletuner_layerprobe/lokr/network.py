@@ -1,0 +1,131 @@
+"""What LyCORIS builds: its own network on a skeleton, in the way SimpleTuner's `init_trainable_peft_adapter` does.
+
+With form.py and meaning.py the only files that know LyCORIS, which is imported inside the calls.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import importlib.metadata
+import importlib.util
+import io
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from functools import cache
+from importlib.abc import InspectLoader
+from importlib.machinery import ModuleSpec
+from types import CodeType
+from typing import TYPE_CHECKING, Any
+
+from simpletuner_layerprobe.errors import ConfigError
+from simpletuner_layerprobe.lokr.adapter import Adapter
+
+if TYPE_CHECKING:
+    from torch import nn
+
+# What SimpleTuner takes out of the config and hands to `create_lycoris` by position, or keeps.
+BY_POSITION = {"multiplier": 1, "linear_dim": 4, "linear_alpha": 1}
+_KEPT = ("tlora_min_rank", "tlora_alpha")
+
+
+def adapters_on(config: Mapping[str, Any], model: nn.Module) -> list[tuple[nn.Module, Adapter]]:
+    """LyCORIS's adapters for this model with the module that each belongs to; none without parameters.
+
+    Built as SimpleTuner 4.10.1's `init_trainable_peft_adapter` does. Raises ConfigError, with LyCORIS's own
+    words, if it refuses.
+    """
+    import torch
+
+    rest = copy.deepcopy(dict(config))
+    # LyCORIS keeps a preset in attributes of LycorisNetwork. A copy of the class that is used once starts as
+    # in a new process, and leaves the one that others imported as it is.
+    wrapper = fresh_wrapper()
+    preset = rest.get("apply_preset")
+    by_position = [int(rest.pop(key, default)) for key, default in BY_POSITION.items()]
+    for key in _KEPT:
+        rest.pop(key, None)
+    try:
+        with torch.device("meta"), _weightless(), silent(), _little_garbage():
+            if preset:
+                wrapper.LycorisNetwork.apply_preset(preset)
+            network = wrapper.create_lycoris(model, *by_position, **rest)
+    except Exception as error:
+        said = " ".join(str(error).split()) or "no reason given"
+        raise ConfigError(
+            f"LyCORIS {lycoris_version()} cannot build the config: {type(error).__name__}: {said}"
+        ) from error
+    algorithms = {made: algo for algo, made in reversed(wrapper.network_module_dict.items())}
+    return [
+        (lora.org_module[0], _adapter(lora, algorithms.get(type(lora), "norm")))
+        for lora in network.loras
+        if any(True for _ in lora.parameters())
+    ]
+
+
+def _adapter(lora: Any, algo: str) -> Adapter:
+    tensors = tuple((name, tuple(tensor.shape)) for name, tensor in lora.named_parameters())
+    scale = next((getattr(lora, name) for name in ("scale", "constraint") if hasattr(lora, name)), 1.0)
+    return Adapter(algo, None, tensors, float(scale))
+
+
+def lycoris_version() -> str:
+    return importlib.metadata.version("lycoris-lora")
+
+
+def fresh_wrapper() -> Any:
+    """LyCORIS's `wrapper` module, executed anew and known to nobody else."""
+    spec, code = _wrapper_code()
+    wrapper = importlib.util.module_from_spec(spec)
+    exec(code, vars(wrapper))
+    return wrapper
+
+
+@cache
+def _wrapper_code() -> tuple[ModuleSpec, CodeType]:
+    spec = importlib.util.find_spec("lycoris.wrapper")
+    code = spec.loader.get_code(spec.name) if spec and isinstance(spec.loader, InspectLoader) else None
+    if spec is None or code is None:
+        raise ConfigError("LyCORIS's module lycoris.wrapper is not there; install lycoris-lora 4.1")
+    return spec, code
+
+
+def _weightless() -> Any:
+    """Let LyCORIS run on meta tensors: .cpu() leaves them there, the small tensors of numbers are real."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class Weightless(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = kwargs or {}
+            if func is torch.Tensor.cpu and args[0].is_meta:
+                return args[0]
+            if func is torch.tensor and kwargs.get("device") is None:
+                kwargs = {**kwargs, "device": "cpu"}
+            return func(*args, **kwargs)
+
+    return Weightless()
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Keep LyCORIS from printing; its logger is afterwards as it was."""
+    logger = logging.getLogger("LyCORIS")
+    was_disabled = logger.disabled
+    logger.disabled = True
+    try:
+        with redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.disabled = was_disabled
+
+
+@contextmanager
+def _little_garbage() -> Iterator[None]:
+    """Set aside all objects there are: LyCORIS's T-LoRA collects garbage once per module, 0.4 s each time."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

@@ -11,7 +11,6 @@ from contextlib import suppress
 from simpletuner_layerprobe import __version__
 from simpletuner_layerprobe.commands import (
     check_config,
-    compact,
     compare,
     doctor,
     export,
@@ -26,7 +25,7 @@ from simpletuner_layerprobe.commands import (
 from simpletuner_layerprobe.commands.arguments import Parser
 from simpletuner_layerprobe.errors import ProbeError
 
-COMMANDS = (doctor, status, heatmap, findings, report, compare, lokr, check_config, import_file, export, merge, compact)
+COMMANDS = (doctor, status, heatmap, findings, report, compare, lokr, check_config, import_file, export, merge)
 PROBLEM, INTERRUPTED = 1, 130
 
 
@@ -72,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
     made = Parser(
         prog="layerprobe",
         description="From a SimpleTuner probe run to heatmaps and a weighted LoKr config.",
-        epilog="A run folder is what a probe run writes (<output_dir>/layerprobe). "
+        epilog="A RUN is what a probe run writes (<output_dir>/layerprobe), or a file of the article's records. "
         "Exit codes: 0 all went well, 1 a problem (said on stderr), 2 wrong usage.",
     )
     made.add_argument("--version", action="version", version=f"layerprobe {__version__}")
@@ -88,7 +87,7 @@ def parser() -> argparse.ArgumentParser:
             epilog="example:\n" + "\n".join(f"  {line}" for line in example.splitlines()),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        added.set_defaults(command=command)
+        added.set_defaults(command=command, wrong_usage=added.error)
         return added
 
     for module in COMMANDS:

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-PATIENCE = 60.0  # seconds for one answer
+PATIENCE = 600.0  # seconds for one answer, however busy the machine
 
 
 def found() -> str | None:

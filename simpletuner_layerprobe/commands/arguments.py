@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn, Protocol
 
 from simpletuner_layerprobe.errors import ProbeError
-from simpletuner_layerprobe.lokr.amounts import preset_parameters, whole_amount
+from simpletuner_layerprobe.lokr.amounts import amount, preset_parameters
 
 USAGE = 2
 MAX_BINS = 1000
-MAX_FACTOR = 2**20
-ARTICLE_WEIGHTING = {"clip_percentile": 90.0, "text_weight": 1 / 3, "image_weight": 2 / 3}
 KNOWN_MODELS = "sd35-large, sd35-medium, flux-dev, or a diffusers transformer config.json"
 
 
@@ -26,14 +24,21 @@ class Add(Protocol):
     ) -> argparse.ArgumentParser: ...
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose usage errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE, f"layerprobe: error: {' '.join(message.split())} (see {self.prog} --help)\n")
+
+
 def add_run(added: argparse.ArgumentParser) -> None:
-    added.add_argument("run", metavar="RUN", help="run folder")
+    added.add_argument("run", metavar="RUN", help="run folder, or a file of the article's records")
 
 
 def add_bins(added: argparse.ArgumentParser) -> None:
     added.add_argument(
         "--bins",
-        type=whole(1, MAX_BINS),
+        type=within(int, 1, MAX_BINS),
         default=10,
         metavar="N",
         help="sigma bins of equal width over 0 (clean) .. 1 (noise); default 10",
@@ -44,84 +49,44 @@ def add_tokens(added: argparse.ArgumentParser, use: str) -> None:
     added.add_argument(
         "--tokens",
         choices=("last", "mean"),
-        default="last",
-        help=f"the reading {use}: last token, as in the article, or mean over tokens; default last",
+        help=f"the reading {use}: last token, as in the article, or mean over tokens; default last, if the run has it",
     )
 
 
-def add_weighting(added: argparse.ArgumentParser) -> None:
-    """The numbers of the article's recipe, from heatmaps to contributions."""
+def add_preset(added: argparse.ArgumentParser) -> None:
     added.add_argument(
-        "--clip-percentile",
-        type=number_like("a number above 0 and at most 100", lambda number: 0 < number <= 100),
-        default=ARTICLE_WEIGHTING["clip_percentile"],
+        "--preset",
+        type=preset,
         metavar="P",
-        help="clip each heatmap at this percentile of its cells; default 90",
+        help="what the factors are judged for: article, or a plan for a number of parameters such as 400M or a size in "
+        "bf16 such as 800MB; default the run's own layerprobe_preset, else article",
     )
-    weight = number_like("a number from 0 to 1000000, or a fraction such as 1/3", lambda number: 0 <= number <= 1e6)
-    for stream, usual in (("text", "1/3"), ("image", "2/3")):
-        added.add_argument(
-            f"--{stream}-weight",
-            type=weight,
-            default=ARTICLE_WEIGHTING[f"{stream}_weight"],
-            metavar="W",
-            help=f"of the {stream} stream; default {usual}",
-        )
 
 
-def given_weighting(arguments: argparse.Namespace) -> dict[str, float]:
-    """What differs from the article's."""
-    return {name: vars(arguments)[name] for name, usual in ARTICLE_WEIGHTING.items() if vars(arguments)[name] != usual}
+def within[N: (int, float)](convert: type[N], low: N, high: N) -> Callable[[str], N]:
+    """A number in [low, high]; of int a whole one."""
+    kind = "whole number" if convert is int else "number"
 
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose usage errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(USAGE, f"layerprobe: error: {' '.join(message.split())} (see {self.prog} --help)\n")
-
-
-def whole(low: int, high: int) -> Callable[[str], int]:
-    """A whole number in [low, high]."""
-
-    def parse(text: str) -> int:
+    def parse(text: str) -> N:
         try:
-            number = int(text)
+            value = convert(text)
         except ValueError:
-            number = low - 1
-        if not low <= number <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} to {high}")
-        return number
+            value = None
+        if value is None or not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {kind} from {low} to {high}")
+        return value
 
     return parse
 
 
-def number_like(expected: str, allowed: Callable[[float], bool]) -> Callable[[str], float]:
-    """A number or a fraction such as 1/3 for which `allowed` is true; `expected` says so in words."""
-
-    def parse(text: str) -> float:
-        try:
-            numerator, _, denominator = text.partition("/")
-            number = float(numerator) / float(denominator) if denominator else float(text)
-        except (ValueError, ZeroDivisionError):
-            number = math.nan
-        if not allowed(number):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
-        return number
-
-    return parse
-
-
-def amount(expected: str, units: Mapping[str, int]) -> Callable[[str], int]:
-    """A whole amount of 1 or more with a unit of `units` (keys in lower case): "400M". `expected` says so in words."""
-
-    def parse(text: str) -> int:
-        found = whole_amount(text, units)
-        if not found:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
-        return found
-
-    return parse
+def budget(text: str) -> int | str:
+    """A number of parameters, also by their size in bf16, or the path of a file."""
+    parameters = amount(text)
+    if not parameters and not Path(text).is_file():
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither a number of parameters such as 400M, nor a size such as 800MB, nor a file"
+        )
+    return parameters or text
 
 
 def preset(text: str) -> str:
@@ -137,9 +102,9 @@ def block_numbers(text: str) -> tuple[int, ...]:
     """Block numbers and ranges of them: "0,3-5"."""
     numbers: list[int] = []
     for part in text.split(","):
-        found = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part.strip(), re.ASCII)
-        first = int(found[1]) if found else 1
-        last = int(found[2] or first) if found else 0
+        match = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part.strip(), re.ASCII)
+        first = int(match[1]) if match else 1
+        last = int(match[2] or first) if match else 0
         if first > last:
             raise argparse.ArgumentTypeError(f"{text!r} is not a list of block numbers and ranges such as 0,3-5")
         numbers += range(first, last + 1)
@@ -148,16 +113,6 @@ def block_numbers(text: str) -> tuple[int, ...]:
 
 def critical_blocks(text: str) -> str | tuple[int, ...]:
     """ "auto", or block numbers; "none" is no number."""
-    if text == "auto":
-        return text
-    if text == "none":
-        return ()
-    try:
-        numbers = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        numbers = (-1,)
-    if min(numbers) < 0:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is neither auto nor none nor a list of block numbers such as 0,31,35"
-        )
-    return numbers
+    if text in ("auto", "none"):
+        return text if text == "auto" else ()
+    return block_numbers(text)

@@ -6,7 +6,7 @@ import argparse
 
 from simpletuner_layerprobe.commands.arguments import Add
 from simpletuner_layerprobe.commands.output import OK
-from simpletuner_layerprobe.errors import ProbeError
+from simpletuner_layerprobe.errors import SeamError
 
 
 def add_parser(add: Add) -> None:
@@ -20,15 +20,15 @@ def add_parser(add: Add) -> None:
 
 
 def command(arguments: argparse.Namespace) -> int:
-    from simpletuner_layerprobe.training import doctor
+    from simpletuner_layerprobe.api.doctor import checks
 
-    found = doctor.checks()
-    width = max((len(check.name) for check in found), default=0)
-    for check in found:
+    made = checks()
+    width = max((len(check.name) for check in made), default=0)
+    for check in made:
         print(f"{'ok' if check.ok else 'MISSING':<9}{check.name:<{width}}  {check.detail}")
         if not check.ok:
             print(f"{'':<9}{'':<{width}}  -> {check.remedy}")
-    missing = sum(not check.ok for check in found)
+    missing = sum(not check.ok for check in made)
     if missing:
-        raise ProbeError(f"{missing} of {len(found)} checks failed; what to do stands beside each (->)")
+        raise SeamError(f"{missing} of {len(made)} checks failed; what to do stands beside each (->)")
     return OK

@@ -6,9 +6,7 @@ import argparse
 
 from simpletuner_layerprobe.commands.arguments import Add, add_run, add_tokens
 from simpletuner_layerprobe.commands.output import OK, warn
-
-CSV = (".csv", ".csv.gz", ".csv.bz2")
-PARQUET = (".parquet",)
+from simpletuner_layerprobe.show.words import counted
 
 
 def add_parser(add: Add) -> None:
@@ -17,31 +15,29 @@ def add_parser(add: Add) -> None:
         command,
         "write a run as a file of the article's records, or as a table",
         "A name that ends in .csv, .csv.gz, .csv.bz2 or .parquet gives a table with a row per sample and all readings\n"
-        "(docs/pandas.md). Any other name gives the article's records, one JSON object per line; one that ends in .gz\n"
-        "or .bz2 is compressed. A file that exists is not overwritten.",
+        "(docs/run-folder.md). Any other name gives the article's records, one JSON object per line; one that ends in\n"
+        ".gz or .bz2 is compressed. A file that exists is not overwritten.",
         "layerprobe export output/sd35-probe/layerprobe records.jsonl.gz\n"
         "layerprobe export output/sd35-probe/layerprobe run.parquet",
     )
     add_run(added)
     added.add_argument("file", metavar="FILE", help="file to write")
     add_tokens(added, "of the records")
-    added.set_defaults(tokens=None, wrong_usage=added.error)
+    added.add_argument(
+        "--facts",
+        action="store_true",
+        help="with what is known of each sample in its record: image, caption_words, width, height, backend, dropped, "
+        "loss",
+    )
 
 
 def command(arguments: argparse.Namespace) -> int:
-    from simpletuner_layerprobe.run.article import export_jsonl
-    from simpletuner_layerprobe.run.records import open_run
-    from simpletuner_layerprobe.run.tables import export_csv, export_parquet
+    from simpletuner_layerprobe.api import load
+    from simpletuner_layerprobe.api.records import export
 
-    name = arguments.file.lower()
-    if name.endswith((*CSV, *PARQUET)):
-        if arguments.tokens is not None:
-            arguments.wrong_usage("argument --tokens: a table has all readings, each in columns of its own")
-        export = export_parquet if name.endswith(PARQUET) else export_csv
-        written, skipped = export(open_run(arguments.run), arguments.file), 0
-    else:
-        written, skipped = export_jsonl(open_run(arguments.run), arguments.file, tokens=arguments.tokens or "last")
+    run = load(arguments.run)
+    written, skipped = export(run, arguments.file, tokens=arguments.tokens, facts=arguments.facts)
     if skipped:
-        warn(f"{skipped:,} samples left out: a record cannot hold distances that are not finite")
-    print(f"{written:,} samples written to {arguments.file}")
+        warn(f"{counted(skipped, 'sample')} left out: a record cannot hold distances that are not finite")
+    print(f"{counted(written, 'sample')} written to {arguments.file}")
     return OK

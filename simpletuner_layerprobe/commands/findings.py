@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 
 from simpletuner_layerprobe.commands.arguments import Add, add_bins, add_run, add_tokens
-from simpletuner_layerprobe.commands.output import OK, counted, model_name, print_json
+from simpletuner_layerprobe.commands.output import OK, print_json
+from simpletuner_layerprobe.show.words import block_range
 
 
 def add_parser(add: Add) -> None:
@@ -25,27 +26,24 @@ def add_parser(add: Add) -> None:
 
 
 def command(arguments: argparse.Namespace) -> int:
-    from simpletuner_layerprobe.analyse.conditions import observe
-    from simpletuner_layerprobe.analyse.findings import TITLES, as_json, chance, findings, words
-    from simpletuner_layerprobe.analyse.heatmap import all_blocks
-    from simpletuner_layerprobe.run.records import open_run
+    from simpletuner_layerprobe.api import load
+    from simpletuner_layerprobe.api.findings import TITLES, as_json, numbered, words
+    from simpletuner_layerprobe.show.findings import by_kind, detail
 
-    run = open_run(arguments.run)
-    observation = observe(run, tokens=arguments.tokens, bins=arguments.bins)
-    sections = findings(observation)
+    run = load(arguments.run)
+    sections = run.findings(arguments.tokens, bins=arguments.bins)
     if arguments.json:
-        print_json({"run": str(run.path), "samples": observation.samples, **as_json(sections)})
+        told = {"run": str(run.path), "samples": run.samples, "images": run.images}
+        print_json({**told, **as_json(sections)})
         return OK
-    numbers = {block: i for i, block in enumerate(all_blocks([stream.blocks for stream in run.manifest.streams]))}
-    print(f"{model_name(run.manifest) or 'unknown model'}, {counted(observation.samples, 'sample')}")
-    for section in sections:
+    print(f"{run.model or 'unknown model'}, {run.counted}")
+    for section in (section for _, those in by_kind(sections) for section in those):
         print(f"\n{TITLES[section.kind]}, {section.stream} stream")
-        for one in section.findings:
-            first, last = numbers[one.blocks[0]], numbers[one.blocks[-1]]
-            name = f"block {first}" if first == last else f"blocks {first} to {last}"
-            print(f"  {name} {words(one)} ({chance(one.p)}, {counted(one.samples, 'sample')})")
+        for finding in section.findings:
+            name = block_range(numbered(finding, run.streams))
+            print(f"  {name} {words(finding)} ({detail(finding, run.samples)})")
         if section.missing or not section.findings:
-            print(f"  {section.missing or 'none found'}")
+            print(f"  {section.missing or 'none'}")
         for note in section.notes:
             print(f"  note: {note}")
     return OK

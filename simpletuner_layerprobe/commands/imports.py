@@ -1,7 +1,7 @@
 """What the commands import before they prove or build something, and what they leave out for speed.
 
-LyCORIS and diffusers import whatever they could ever work with: other packages' quantised layers and adapters, and
-through these the models of transformers. Nothing of it can be in a model without weights, but it takes seconds. A
+LyCORIS, PEFT and diffusers import whatever they could ever work with: other packages' quantised layers and adapters,
+and through these the models of transformers. Nothing of it can be in a model without weights, but it takes seconds. A
 process of the `layerprobe` command that trains nothing goes without; any other process gets them whole.
 """
 
@@ -11,32 +11,35 @@ import argparse
 import gc
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING
+
+from simpletuner_layerprobe.commands.output import quiet
+
+if TYPE_CHECKING:
+    from simpletuner_layerprobe.api.plans import Architecture
+
+WITHOUT = {
+    "lycoris": ("bitsandbytes", "quanto", "optimum.quanto", "peft"),
+    "peft": ("bitsandbytes", "torchao", "torchvision", "sklearn"),
+    "diffusers": ("transformers", "peft", "torchao", "torchvision", "bitsandbytes", "scipy"),
+}
+"""Packages that each imports if they are there, and that no proof and no model known by name needs."""
 
 
-def lycoris_for_proofs(arguments: argparse.Namespace) -> AbstractContextManager[None]:
-    """Around a call that imports LyCORIS: without what no skeleton holds, if this process is the command's own."""
-    from simpletuner_layerprobe.lokr.proof import NOT_IN_A_SKELETON
-
-    return first_import("lycoris", NOT_IN_A_SKELETON) if arguments.own_process else nullcontext()
-
-
-def peft_for_proofs(arguments: argparse.Namespace) -> AbstractContextManager[None]:
-    """The same for PEFT."""
-    from simpletuner_layerprobe.lokr.lora import NOT_IN_A_SKELETON
-
-    return first_import("peft", NOT_IN_A_SKELETON) if arguments.own_process else nullcontext()
+@contextmanager
+def light(package: str, arguments: argparse.Namespace) -> Iterator[None]:
+    """Around a call that imports `package`: quiet, and without what is not needed if the process is the command's."""
+    with quiet(), first_import(package, WITHOUT[package]) if arguments.own_process else nullcontext():
+        yield
 
 
-def diffusers_for_tables(arguments: argparse.Namespace) -> AbstractContextManager[None]:
-    """Around a call that imports diffusers for the module table of `--model`: light for the models known by name.
+def named_model(arguments: argparse.Namespace) -> Architecture:
+    """The architecture that --model names. A class that a config.json names may need any of diffusers."""
+    from simpletuner_layerprobe.api.plans import NAMED, architecture
 
-    A class that a config.json names may need any of it.
-    """
-    from simpletuner_layerprobe.models import NAMED, NOT_IN_THE_NAMED
-
-    light = arguments.own_process and arguments.model in NAMED
-    return first_import("diffusers", NOT_IN_THE_NAMED) if light else nullcontext()
+    with light("diffusers", arguments) if arguments.model in NAMED else quiet():
+        return architecture(arguments.model)
 
 
 @contextmanager
@@ -44,7 +47,7 @@ def first_import(package: str, without: Sequence[str]) -> Iterator[None]:
     """The first import of `package` in here goes as if the packages in `without` were not installed.
 
     Nothing is left out if it has been imported before; of `without` what has been imported stays. Afterwards none of
-    them is hidden, but `package` keeps to what it found. For packages that `package` tries to import, and can do
+    them is hidden, but `package` keeps to what it got. For packages that `package` tries to import, and can do
     without.
     """
     if package in sys.modules:

@@ -6,6 +6,7 @@ import argparse
 
 from simpletuner_layerprobe.commands.arguments import Add
 from simpletuner_layerprobe.commands.output import OK, warn
+from simpletuner_layerprobe.show.words import counted
 
 
 def add_parser(add: Add) -> None:
@@ -22,19 +23,13 @@ def add_parser(add: Add) -> None:
 
 
 def command(arguments: argparse.Namespace) -> int:
-    from simpletuner_layerprobe.run.merge import merge
+    from simpletuner_layerprobe.api import load
+    from simpletuner_layerprobe.api.records import merge
 
     sources = merge(arguments.runs, arguments.out)
     for source in sources:
-        moved = ", ".join(f"{rank} is {number}" for rank, number in source.ranks.items() if rank != number)
-        ranks = f"; its rank {moved}" if moved and source.samples else ""
-        print(f"{source.path}: {source.samples:,} samples{ranks}")
+        print(f"{source.path}: {counted(source.samples, 'sample')}")
         if source.skipped:
             warn(f"{source.path}: {source.skipped:,} samples are in the runs before it or in it twice: counted once")
-        if source.same_sigmas is not None:
-            warn(
-                f"{source.path} drew the same sigmas as {source.same_sigmas}: if both used the same images too, these "
-                "are the same samples and say nothing new; give each machine a seed of its own"
-            )
-    print(f"{sum(source.samples for source in sources):,} samples merged into {arguments.out}")
+    print(f"{load(arguments.out).counted} merged into {arguments.out}")
     return OK

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
-from simpletuner_layerprobe.commands.arguments import Add, add_bins, add_run, add_tokens, add_weighting, given_weighting
-from simpletuner_layerprobe.commands.output import OK, replace_files
+from simpletuner_layerprobe.commands.arguments import Add, add_bins, add_preset, add_run, add_tokens
+from simpletuner_layerprobe.commands.output import OK
+from simpletuner_layerprobe.errors import ConfigError
+from simpletuner_layerprobe.files import write_files
 
 
 def add_parser(add: Add) -> None:
@@ -22,17 +23,18 @@ def add_parser(add: Add) -> None:
     added.add_argument("--out", metavar="FILE", help="the page; default report.html in the run folder")
     add_bins(added)
     add_tokens(added, "to show")
-    add_weighting(added)
+    add_preset(added)
 
 
 def command(arguments: argparse.Namespace) -> int:
-    from simpletuner_layerprobe.run.records import open_run
-    from simpletuner_layerprobe.show.page import page
+    from simpletuner_layerprobe.api import load
+    from simpletuner_layerprobe.api.pages import report
 
-    made = page(
-        open_run(arguments.run), tokens=arguments.tokens, bins=arguments.bins, **given_weighting(arguments)
-    ).encode()
-    out = Path(arguments.out if arguments.out is not None else os.path.join(arguments.run, "report.html"))
-    replace_files(out.parent, {out.name: made})
+    run = load(arguments.run)
+    if arguments.out is None and not run.path.is_dir():
+        raise ConfigError(f"{run.path} is no folder that the page could lie in; name the page with --out")
+    page = report(run, arguments.tokens, bins=arguments.bins, preset=arguments.preset)
+    out = Path(arguments.out) if arguments.out is not None else run.path / "report.html"
+    write_files({out: page.encode()}, force=True)
     print(out)
     return OK

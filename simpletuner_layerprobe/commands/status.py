@@ -1,19 +1,19 @@
-"""`layerprobe status`: what a run folder holds."""
+"""`layerprobe status`: what a run holds."""
 
 from __future__ import annotations
 
 import argparse
 import math
+from collections import Counter
 from typing import TYPE_CHECKING
 
-from simpletuner_layerprobe.commands.arguments import Add, add_bins, add_run, preset
-from simpletuner_layerprobe.commands.output import OK, bin_labels, counted, model_name, size_text
-from simpletuner_layerprobe.commands.settled import settling_text
+from simpletuner_layerprobe.commands.arguments import Add, add_bins, add_preset, add_run, add_tokens
+from simpletuner_layerprobe.commands.output import OK, bin_labels, size_text
 from simpletuner_layerprobe.errors import ProbeError
-from simpletuner_layerprobe.lokr.amounts import ARTICLE, preset_parameters
+from simpletuner_layerprobe.show.words import counted
 
 if TYPE_CHECKING:
-    from simpletuner_layerprobe.run.records import Run
+    from simpletuner_layerprobe.api.run import Run
 
 HISTOGRAM_WIDTH = 40
 
@@ -22,67 +22,85 @@ def add_parser(add: Add) -> None:
     added = add(
         "status",
         command,
-        "print what a run folder holds",
+        "print what a run holds",
         "",
         "layerprobe status output/sd35-probe/layerprobe",
     )
     add_run(added)
     add_bins(added)
-    added.add_argument(
-        "--preset",
-        type=preset,
-        metavar="P",
-        help="what the factors are judged for: article, or a plan for a number of parameters such as 400M or a size in "
-        "bf16 such as 800MB; default the run's own layerprobe_preset, else article",
-    )
+    add_tokens(added, "that the factors are judged by")
+    add_preset(added)
 
 
 def command(arguments: argparse.Namespace) -> int:
-    from simpletuner_layerprobe.analyse.heatmap import all_blocks
-    from simpletuner_layerprobe.analyse.summary import summary
-    from simpletuner_layerprobe.run.records import open_run
+    from simpletuner_layerprobe.api import load
 
-    run = open_run(arguments.run)
+    run = load(arguments.run)
+    run.samples_in(arguments.tokens).require()
     manifest = run.manifest
-    counts = summary(run, bins=arguments.bins)
-    blocks = all_blocks([stream.blocks for stream in manifest.streams])
-    total = sum(counts.samples.values())
-    ranks = ", ".join(f"rank {rank}: {count:,}" for rank, count in counts.samples.items())
-    nonfinite = ", ".join(f"{stream} {reading}: {count:,}" for (stream, reading), count in counts.nonfinite.items())
     versions = ", ".join(f"{package} {version}" for package, version in sorted(manifest.versions.items()))
-    backends = ", ".join(f"{name or 'unknown'}: {count:,}" for name, count in counts.backends.items())
+    backends = Counter(run.facts["backend"].tolist())
     facts = {
         "run": str(run.path),
-        "model": f"{model_name(manifest) or 'unknown'}, {counted(len(blocks), 'block')}",
+        "model": f"{run.model or 'unknown'}, {counted(len(run.blocks), 'block')}",
         "recorded": f"{manifest.created or 'unknown'} ({manifest.source})",
         "versions": versions or "unknown",
-        "samples": f"{total:,} ({ranks})",
-        "streams": ", ".join(f"{stream.name} {counted(len(stream.blocks), 'block')}" for stream in manifest.streams),
-        "readings": ", ".join((*manifest.tokens, *manifest.extra)),
+        "samples": run.counted + _ranks(run),
+        "streams": ", ".join(f"{name} {counted(len(blocks), 'block')}" for name, blocks in run.streams.items()),
+        "readings": ", ".join(run.readings),
         "modules": f"{len(manifest.modules):,} in the module table" if manifest.modules else "no module table",
-        "backends": backends,
-        "non-finite": nonfinite or "none",
-        "settled": settling_text(run, arguments.bins, arguments.preset or _preset_of(run)),
-        "size": f"{size_text(run.size_bytes())} in {counted(len(run.shards), 'shard')}",
+        "backends": ", ".join(f"{name or 'unknown'}: {count:,}" for name, count in sorted(backends.items())),
+        "non-finite": _nonfinite(run) or "none",
+        "settled": _settled(run, arguments),
+        "size": _size(run),
     }
     for name, value in facts.items():
         print(f"{name:<12}{value}")
     print(f"{'sigma':<12}samples per bin, 0 clean .. 1 noise")
-    largest = int(counts.count_T.max())
-    for label, count in zip(bin_labels(arguments.bins), counts.count_T.tolist(), strict=True):
-        bar = "#" * math.ceil(HISTOGRAM_WIDTH * count / largest)
+    counts = run.counts(arguments.bins).tolist()
+    for label, count in zip(bin_labels(arguments.bins), counts, strict=True):
+        bar = "#" * math.ceil(HISTOGRAM_WIDTH * count / max(counts))
         print(f"  {label:<14}{count:>12,}  {bar or '(none)'}")
     return OK
 
 
-def _preset_of(run: Run) -> str:
-    """The preset that the run's first start named; article if it named none, or none that can be read."""
-    from simpletuner_layerprobe.lokr.config import read_options
+def _ranks(run: Run) -> str:
+    """ " (rank 0: 60, rank 1: 60)", "" without stream files."""
+    samples = Counter[int]()
+    for file in run.files:
+        samples[file.rank] += file.samples
+    torn = sum(file.torn for file in run.files)
+    said = [f"rank {rank}: {count:,}" for rank, count in sorted(samples.items())]
+    said += [f"{counted(torn, 'stream file')} cut off in its last flush, as a kill leaves it"] if torn else []
+    return f" ({', '.join(said)})" if said else ""
 
+
+def _nonfinite(run: Run) -> str:
+    """The samples that are left out of a stream, by stream and reading."""
+    counts = {
+        f"{stream} {reading}": heatmap.nonfinite
+        for reading in ("last", "mean")
+        if reading in run.readings
+        for stream, heatmap in run.heatmaps(reading).items()
+    }
+    return ", ".join(f"{name}: {count:,}" for name, count in counts.items() if count)
+
+
+def _settled(run: Run, arguments: argparse.Namespace) -> str:
+    """What the factors of a preset still need."""
+    preset = arguments.preset or run.preset
+    options = {"preset": preset, "reading": arguments.tokens}
     try:
-        options = read_options(run.path)
-        named = str(next((value for key, value in options.items() if key.lstrip("-") == "layerprobe_preset"), ARTICLE))
-        preset_parameters(named)
-    except ProbeError:
-        return ARTICLE
-    return named
+        sure, times = run.confidence(**options), run.times_to_settle(**options)
+    except ProbeError as error:
+        return f"unknown: {error}"
+    what = f"{sure.text()} (preset {preset})"
+    if times is None:
+        return f"{what}; far more {sure.unit}s than there are would not settle all"
+    return what if times == 1 else f"{what}; about {times} times the {sure.unit}s would settle all"
+
+
+def _size(run: Run) -> str:
+    paths = [file.path for file in run.files] or [run.path]
+    kind = "stream file" if run.files else "file"
+    return f"{size_text(sum(path.stat().st_size for path in paths))} in {counted(len(paths), kind)}"

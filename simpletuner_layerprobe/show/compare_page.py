@@ -1,17 +1,13 @@
-"""The page of a comparison: one HTML file, in the style and with the script of the report's.
-
-Escaped like the report: text with `html.escape`, what the script reads as JSON without `<`, `>` and `&`.
-"""
+"""The page of a comparison: one HTML file."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from simpletuner_layerprobe import __version__
 from simpletuner_layerprobe.analyse.compare import (
     CHANGED,
     Comparison,
@@ -20,53 +16,72 @@ from simpletuner_layerprobe.analyse.compare import (
     change_text,
     sigma_text,
 )
-from simpletuner_layerprobe.analyse.findings import chance
 from simpletuner_layerprobe.analyse.heatmap import bin_edges
-from simpletuner_layerprobe.run.records import Run
-from simpletuner_layerprobe.show.page import filled, model_name, rounded, script_json, template_text
+from simpletuner_layerprobe.analyse.sections import chance
+from simpletuner_layerprobe.show.html import MAPS, POINTING, Html, Part, cells_link, html_page, rounded, table
+from simpletuner_layerprobe.show.words import capital, counted, model_name, samples_text, share_text
 
-_HEAD = "<h3>{} stream</h3>"
+if TYPE_CHECKING:
+    from simpletuner_layerprobe.run.load import RunData
 
 
-def compare_page(run_a: Run, run_b: Run, found: Comparison) -> str:
-    """The HTML of a comparison of these two runs."""
-    report = template_text("templates/report.html")
-    names = [model_name(run.manifest) for run in (run_a, run_b)]
-    model = names[0] if names[0] == names[1] else f"{names[0]} and {names[1]}"
-    return filled(
-        template_text("templates/compare.html"),
-        {
-            "title": escape(f"Layer probe: {model}, A and B"),
-            "model": escape(model),
-            "lead": escape(_lead(found)),
-            "style": report.partition("<style>")[2].partition("</style>")[0],
-            "script": report.rpartition("<script>")[2].partition("</script>")[0],
-            "blocks": "".join(_blocks(found)),
-            "factors": _factors(found.factors) if found.factors else f"<p>{escape(found.factors_missing)}</p>",
-            "runs": _runs(run_a, run_b, found),
-            "version": escape(__version__),
-            "data": script_json(_data(found)),
-        },
+def compare_page(run_a: RunData, run_b: RunData, comparison: Comparison, decided: Sequence[tuple[int, str]]) -> str:
+    """The HTML of a comparison of these two runs. decided: (block number, kind of modules) of each factor compared."""
+    names = [model_name(run.manifest) or "unknown model" for run in (run_a, run_b)]
+    factors = comparison.factors
+    parts = (
+        Part(
+            "heatmaps",
+            "Changes",
+            "Changes, B minus A",
+            "How much further (red) or less far (blue) a block turns the hidden states in B than in A, as a fraction "
+            "of π. Columns are blocks, rows are parts of the noise range: clean images at the bottom, pure noise at "
+            "the top. A square marks a change beyond chance, after correction for all cells. Crossed rows have too few "
+            f"samples in A or B. {POINTING}",
+            MAPS,
+        ),
+        Part(
+            "blocks",
+            "Blocks",
+            "Changed blocks",
+            "The mean over the parts of sigma, each weighing the same, with the 95% interval of the change. p is the "
+            "chance of a change as large if there is none, corrected for all blocks and streams. A link marks the "
+            "cells.",
+            "".join(_blocks(comparison)),
+        ),
+        Part(
+            "lokr",
+            "Factors",
+            "Contributions and factors",
+            "The same plan on each run by itself. A factor counts as changed if it is settled in both runs (agreement "
+            "of 95% or more) and not the same.",
+            _factors(factors, decided) if factors else f"<p>{escape(comparison.factors_missing)}</p>",
+        ),
+        Part("run", "Runs", "The runs", "", _runs(run_a, run_b, comparison)),
     )
+    foot = "The runs are taken for independent draws of images."
+    lead = _lead(run_a, run_b, comparison)
+    model = " and ".join(dict.fromkeys(names))
+    return html_page("Layer probe, comparison", model, lead, parts, foot, _data(comparison))
 
 
-def _lead(found: Comparison) -> str:
+def _lead(run_a: RunData, run_b: RunData, comparison: Comparison) -> str:
     parts = [
-        f"{int(one.levels.significant.sum()):,} of {len(one.blocks):,} blocks of the {name} stream changed"
-        if not one.missing
+        f"{stream.levels.significant.sum():,} of {counted(len(stream.blocks), 'block')} of the {name} stream changed"
+        if not stream.missing
         else f"not enough samples of the {name} stream"
-        for name, one in found.streams.items()
+        for name, stream in comparison.streams.items()
     ]
-    if found.factors:
-        changed = found.factors.verdict_L.count(CHANGED)
-        parts.append(f"{changed:,} factor{'s' * (changed != 1)} changed")
-    return f"{', '.join(parts)}: from A with {found.samples_a:,} to B with {found.samples_b:,} samples."
+    if comparison.factors:
+        parts.append(f"{counted(comparison.factors.verdict_K.count(CHANGED), 'factor')} changed")
+    a, b = (samples_text(run.samples, run.images) for run in (run_a, run_b))
+    return f"{', '.join(parts)}: from A with {a} to B with {b}."
 
 
-def _data(found: Comparison) -> dict[str, Any]:
-    number = {block: i for i, block in enumerate(found.blocks)}
+def _data(comparison: Comparison) -> dict[str, Any]:
+    number = {block: i for i, block in enumerate(comparison.blocks)}
     maps = []
-    for name, stream in found.streams.items():
+    for name, stream in comparison.streams.items():
         cells = stream.cells
         maps.append(
             {
@@ -74,92 +89,69 @@ def _data(found: Comparison) -> dict[str, Any]:
                 "title": f"{name} stream, B minus A",
                 "change": True,
                 "own": [number[block] for block in stream.blocks],
-                "count": np.where(stream.used_T, np.minimum(stream.count_a_T, stream.count_b_T), 0).tolist(),
-                "counts": [stream.count_a_T.tolist(), stream.count_b_T.tolist()],
+                "count": np.where(stream.used_T, np.minimum(stream.counts_a_T, stream.counts_b_T), 0).tolist(),
+                "counts": [stream.counts_a_T.tolist(), stream.counts_b_T.tolist()],
                 "mean": rounded(cells.difference),
-                "low": rounded(cells.low),
-                "high": rounded(cells.high),
-                "p": rounded(cells.p),
-                "a": rounded(cells.a),
-                "b": rounded(cells.b),
+                **{part: rounded(getattr(cells, part)) for part in ("low", "high", "p", "a", "b")},
                 "sure": cells.significant.astype(int).tolist(),
             }
         )
-    return {"blocks": found.blocks, "edges": bin_edges(found.bins).tolist(), "maps": maps}
+    return {"blocks": comparison.blocks, "edges": bin_edges(comparison.bins).tolist(), "maps": maps}
 
 
-def _blocks(found: Comparison) -> Iterator[str]:
-    number = {block: i for i, block in enumerate(found.blocks)}
-    for stream in found.streams.values():
-        yield _HEAD.format(escape(stream.stream[:1].upper() + stream.stream[1:]))
+def _blocks(comparison: Comparison) -> Iterator[str]:
+    number = {block: i for i, block in enumerate(comparison.blocks)}
+    for stream in comparison.streams.values():
+        yield f"<h3>{escape(capital(stream.stream))} stream</h3>"
         if stream.missing:
-            yield f"<p>{escape(stream.missing[:1].upper() + stream.missing[1:])}.</p>"
+            yield f"<p>{escape(capital(stream.missing))}.</p>"
             continue
         rows = [
             _block(stream, i, number[block])
             for i, block in enumerate(stream.blocks)
             if stream.levels.significant[i] or stream.cells.significant[:, i].any()
         ]
-        heads = ("#", "block", "A", "B", "change [95% interval]", "p", "cells changed at sigma")
-        yield _table(heads, rows, f"Changed blocks of the {stream.stream} stream") if rows else "<p>None.</p>"
+        heads = {"#": True, "block": False, "A": True, "B": True, "change [95% interval]": True, "p": True}
+        label = f"Changed blocks of the {stream.stream} stream"
+        yield table(label, heads | {"cells changed at sigma": False}, rows, header=1) if rows else "<p>None.</p>"
 
 
-def _block(stream: StreamComparison, i: int, number: int) -> str:
+def _block(stream: StreamComparison, i: int, number: int) -> tuple[str, ...]:
     levels = stream.levels
-    link = (
-        f"<a href='#map-{escape(stream.stream)}' data-map='{escape(stream.stream)}' data-first='{number}' "
-        f"data-last='{number}' data-low='0' data-high='1'>{escape(stream.blocks[i])}</a>"
-    )
     changed = bool(levels.significant[i])
-    what = escape(change_text(levels, i)) if changed else "no change over all sigmas"
-    cells = (f"{levels.a[i]:.4g}", f"{levels.b[i]:.4g}", what, chance(float(levels.p[i])) if changed else "")
-    where = escape(sigma_text(stream.cells.significant[:, i]))
-    inner = "".join(f"<td class='n'>{text}</td>" for text in cells)
-    return f"<tr><td class='n'>{number}</td><th scope='row'>{link}</th>{inner}<td>{where}</td></tr>"
-
-
-def _factors(factors: FactorComparison) -> str:
-    rows = []
-    for i, block in enumerate(factors.blocks):
-        sides = []
-        for value_L, sure, critical in (
-            (factors.values.a, factors.a, factors.critical_a),
-            (factors.values.b, factors.b, factors.critical_b),
-        ):
-            note = " critical" if i in critical else ""
-            sides.append(f"<td class='n'>{value_L[i]:.3f} [{sure.low_L[i]:.3f}, {sure.high_L[i]:.3f}]</td>")
-            sides.append(
-                f"<td class='n'>{sure.factor_K[i]}{note}</td><td class='n'>{100 * sure.agreement_K[i]:.0f}%</td>"
-            )
-        verdict = factors.verdict_L[i]
-        shown = f"<strong>{verdict}</strong>" if verdict == CHANGED else verdict
-        rows.append(
-            f"<tr><td class='n'>{i}</td><th scope='row'>{escape(block)}</th>{''.join(sides)}<td>{shown}</td></tr>"
-        )
-    heads = ("#", "block", "contribution A", "factor A", "agreed", "contribution B", "factor B", "agreed", "")
-    return _table(heads, rows, "Contributions and factors of both runs")
-
-
-def _runs(run_a: Run, run_b: Run, found: Comparison) -> str:
-    facts = {
-        "run": [str(run.path) for run in (run_a, run_b)],
-        "model": [model_name(run.manifest) for run in (run_a, run_b)],
-        "samples": [f"{found.samples_a:,}", f"{found.samples_b:,}"],
-        "recorded": [run.manifest.created or "unknown" for run in (run_a, run_b)],
-    }
-    rows = [
-        f"<tr><th scope='row'>{name}</th>{''.join(f'<td>{escape(value)}</td>' for value in values)}</tr>"
-        for name, values in facts.items()
-    ]
-    told = "".join(f"<li>{escape(line)}</li>" for line in (*found.differences, *found.notes))
-    table = _table(("", "A", "B"), rows, "The runs")
-    return table + (f"<ul>{told}</ul>" if told else "")
-
-
-def _table(heads: tuple[str, ...], rows: list[str], label: str) -> str:
-    left = ("", "block", "cells changed at sigma") if heads[0] == "#" else heads
-    head = "".join(f"<th scope='col'{'' if name in left else ' class=n'}>{name}</th>" for name in heads)
     return (
-        f"<div class='scroll tall' tabindex='0' role='region' aria-label='{escape(label)}'><table class='lokr'>"
-        f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        str(number),
+        cells_link(stream.blocks[i], stream.stream, number, number),
+        f"{levels.a[i]:.4g}",
+        f"{levels.b[i]:.4g}",
+        change_text(levels, i) if changed else "no change over all sigmas",
+        chance(float(levels.p[i])) if changed else "",
+        sigma_text(stream.cells.significant[:, i]),
     )
+
+
+def _factors(factors: FactorComparison, decided: Sequence[tuple[int, str]]) -> str:
+    heads = {"#": True, "block": False}
+    for side in ("A", "B"):
+        heads |= {f"contribution {side}": True, f"factor {side}": True, f"agreed {side}": True}
+    rows = []
+    for place, (number, kind) in enumerate(decided):
+        cells = [str(number), f"{factors.blocks[number]} {kind}".strip()]
+        for value_L, sure in ((factors.values.a, factors.a), (factors.values.b, factors.b)):
+            cells.append(f"{value_L[number]:.3f} [{sure.low_L[number]:.3f}, {sure.high_L[number]:.3f}]")
+            cells += [str(sure.factor_K[place]), share_text(sure.agreement_K[place])]
+        verdict = factors.verdict_K[place]
+        rows.append((*cells, Html(f"<strong>{verdict}</strong>") if verdict == CHANGED else verdict))
+    return table("Contributions and factors of both runs", heads | {"": False}, rows, header=1)
+
+
+def _runs(run_a: RunData, run_b: RunData, comparison: Comparison) -> str:
+    runs = (run_a, run_b)
+    rows = [
+        ("run", *(str(run.path) for run in runs)),
+        ("model", *(model_name(run.manifest) or "unknown" for run in runs)),
+        ("samples", *(samples_text(run.samples, run.images) for run in runs)),
+        ("recorded", *(run.manifest.created or "unknown" for run in runs)),
+    ]
+    notes = "".join(f"<li>{escape(line)}</li>" for line in comparison.notes)
+    return table("The runs", {"": False, "A": False, "B": False}, rows) + (f"<ul>{notes}</ul>" if notes else "")

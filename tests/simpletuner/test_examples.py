@@ -7,30 +7,27 @@ import os
 import re
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from synthetic_run import FLUX_DEV, SD35_LARGE, write_run
 
-from simpletuner_layerprobe.analyse.heatmap import all_blocks
-from simpletuner_layerprobe.lokr.config import article_config, article_plan, environment
-from simpletuner_layerprobe.lokr.factors import lokr_parameters
-from simpletuner_layerprobe.models import NAMED, Architecture, _architecture, architecture
-from simpletuner_layerprobe.probe import families
-from simpletuner_layerprobe.run.manifest import Stream
+from simpletuner_layerprobe.api.plans import alike
+from simpletuner_layerprobe.lokr.plan import Plan, make_plan
+from simpletuner_layerprobe.models import NAMED, Architecture, architecture
+from simpletuner_layerprobe.training.environment import environment
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FOLDERS = {
     "sd35_large": ("sd35-large-probe", SD35_LARGE),
-    "sd35_medium": (
-        "sd35-medium-probe",
-        {"image": SD35_LARGE["image"][:24], "text": SD35_LARGE["text"][:23]},
-    ),
+    "sd35_medium": ("sd35-medium-probe", {"image": SD35_LARGE["image"][:24], "text": SD35_LARGE["text"][:23]}),
     "flux_dev": ("flux-dev-probe", FLUX_DEV),
     "wan21_t2v_1_3b": ("wan21-probe", {"image": tuple(f"blocks.{i}" for i in range(30))}),
 }
 # From the transformer/config.json of Wan-AI/Wan2.1-T2V-1.3B-Diffusers.
 WAN = {
+    "_class_name": "WanTransformer3DModel",
     "patch_size": (1, 2, 2),
     "num_attention_heads": 12,
     "attention_head_dim": 128,
@@ -45,43 +42,45 @@ WAN = {
 }
 
 
-def model(folder: str) -> Architecture:
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Architecture]:
+    """The architecture of each folder's model."""
+    path = tmp_path_factory.mktemp("wan") / "config.json"
+    path.write_text(json.dumps(WAN))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        name = folder.replace("_", "-")
-        if name in NAMED:
-            return architecture(name)
-        one = _architecture("WanTransformer3DModel", WAN, "", "Wan 2.1")
-    streams = tuple(Stream(name, blocks) for name, blocks in FOLDERS[folder][1].items())
-    return Architecture("wan", "", one.model_class, one.modules, streams)
+        names = {folder: folder.replace("_", "-") for folder in FOLDERS}
+        return {folder: architecture(name if name in NAMED else path) for folder, name in names.items()}
 
 
-def test_every_example_and_its_follow_up_are_accepted(simpletuner, tmp_path: Path) -> None:
+def equal_plan(model: Architecture, factor: int) -> Plan:
+    """The article's recipe where it gives every block the same factor: 1 at full contribution, 12 at none."""
+    contribution = alike(model)
+    return make_plan(model, replace(contribution, value_L=contribution.value_L * (12 - factor) / 11))
+
+
+def test_every_example_and_its_follow_up_are_accepted(
+    simpletuner, models: dict[str, Architecture], tmp_path: Path
+) -> None:
     names = []
-    for folder, (name, blocks) in FOLDERS.items():
+    for folder, (name, _) in FOLDERS.items():
         here = tmp_path / folder
         shutil.copytree(EXAMPLES / folder, here)
         for data in ("photographs", "clips"):
             (here / "datasets" / data).mkdir(parents=True)
         options = json.loads((here / "config" / name / "config.json").read_text())
-        one = all_blocks(list(blocks.values()))
-        config = article_config(one, [4] * len(one), families.family(options["model_family"]).targets)
         before = Path.cwd()
         os.chdir(here)
         try:
-            environment("weighted-" + folder, options, config)
+            environment("weighted-" + folder, options, equal_plan(models[folder], 4))
         finally:
             os.chdir(before)
         names += [(folder, name), (folder, "weighted-" + folder)]
-    wrong = tmp_path / "sd35_large" / "config" / "wrong"
-    shutil.copytree(tmp_path / "sd35_large" / "config" / "sd35-large-probe", wrong)
-    (wrong / "config.json").write_text(json.dumps(options | {"layerprobe_example": 3}))
-    names.append(("sd35_large", "wrong"))
     (tmp_path / "examples.json").write_text(json.dumps(names))
     result = simpletuner.run(tmp_path, "none", setup="setups.py:parsed_examples")
     assert result.code == 0, result.log[-4000:]
     found = json.loads((tmp_path / "found.json").read_text())
-    for folder, name in names[:-1]:
+    for folder, name in names:
         options = json.loads((tmp_path / folder / "config" / name / "config.json").read_text())
         parsed = found[name].get("parsed")
         assert parsed is not None, found[name]
@@ -98,27 +97,27 @@ def test_every_example_and_its_follow_up_are_accepted(simpletuner, tmp_path: Pat
         sizes = [size for size in found[name]["backends"].values() if size is not None]
         assert sizes and all(size == pytest.approx(pixels**2 / 1e6) for size in sizes)
         assert not probes or any("gradient_checkpointing" in line for line in found[name]["changed"])
-    assert "unrecognized arguments: --layerprobe_example" in found["wrong"]["error"], found["wrong"]
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_the_readme_says_the_cost_that_the_shapes_give(folder: str, tmp_path: Path) -> None:
+def test_the_readme_says_the_cost_that_the_shapes_give(
+    folder: str, models: dict[str, Architecture], tmp_path: Path
+) -> None:
     text = (EXAMPLES / folder / "README.md").read_text()
     name, blocks = FOLDERS[folder]
     kilobytes = re.search(r"1,000 samples \| (\d+) kB", text)
     assert kilobytes
-    run = write_run(tmp_path / "run", blocks, 1000, shards=1)
-    assert run.size_bytes() / 1000 == pytest.approx(int(kilobytes[1]), rel=0.03)
-    one = model(folder)
-    assert {stream.name: tuple(stream.blocks) for stream in one.streams} == blocks
-    for stream in one.streams:
+    run = write_run(tmp_path / "run", blocks, 1000, files=1, images=100)
+    size_bytes = sum(file.path.stat().st_size for file in run.files)
+    assert size_bytes / 1000 == pytest.approx(int(kilobytes[1]), rel=0.03)
+    model = models[folder]
+    assert {stream.name: stream.blocks for stream in model.streams} == blocks
+    for stream in model.streams:
         assert f"{stream.name} {len(stream.blocks)}" in text
     options = json.loads((EXAMPLES / folder / "config" / name / "config.json").read_text())
-    targets = families.family(options["model_family"], one.model_class).targets
-    every = all_blocks(list(blocks.values()))
+    assert model.family == options["model_family"]
     for word, factor in (("least", 12), ("most", 1)):
-        plan = article_plan(every, [factor] * len(every), targets, one.modules)
-        total = sum(lokr_parameters(part.shape, part.factor) for part in plan)
+        total = equal_plan(model, factor).parameters
         assert re.search(rf"article's recipe, {word} .* \| {total:,} parameters", text), total
     assert f"| {options['layerprobe_samples']:,}: one for each sample" in text
     for command in (f"env={name}", f"output/{name}/layerprobe"):

@@ -1,0 +1,40 @@
+"""What a plan can be asked for, in the words of the API."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypedDict
+
+from simpletuner_layerprobe.errors import ConfigError
+
+
+class PlanOptions(TypedDict, total=False):
+    """What a plan can be asked for; lokr/plan.py says all of it.
+
+    params: a budget of trainable parameters. preset: in its place "article" (the recipe), or "400M", "800MB" (in bf16);
+    by default the layerprobe_preset of the probe run, else the article's. critical: numbers of the blocks that get
+    factor 1, or "auto": by the recipe those that stick out far, with a budget none. direction: with a budget
+    "more-change-more-capacity", "more-change-less-capacity" or "uniform". per_stream: with a budget, whether image and
+    text modules go by their own streams. contrast: how much larger the factor of the least block is than that of the
+    most; 12. freeze: numbers of the blocks that get nothing. algo: "lokr", "loha", "locon" or "lora". rank: the
+    largest, by the recipe. weighting: clip_percentile, text_weight and image_weight where they are not the article's.
+    """
+
+    params: int | None
+    preset: str | int | None
+    critical: str | tuple[int, ...]
+    direction: str
+    per_stream: bool
+    contrast: float
+    freeze: tuple[int, ...]
+    algo: str
+    rank: int | None
+    weighting: Mapping[str, float]
+
+
+def asked_of(options: PlanOptions, preset: str) -> dict[str, Any]:
+    """The options as lokr/plan.py takes them: a budget is a preset there. preset: the usual one."""
+    asked: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    if "params" in asked and "preset" in asked:
+        raise ConfigError(f"params is {asked['params']} and preset {asked['preset']!r}; give one of them")
+    return {"preset": asked.pop("params", preset), **asked}

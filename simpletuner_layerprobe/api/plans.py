@@ -1,0 +1,113 @@
+"""Plans and proofs: from a run, or from a model alone, to a config that does what it says."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Unpack
+
+from simpletuner_layerprobe.api.options import PlanOptions, asked_of
+from simpletuner_layerprobe.api.run import Run
+from simpletuner_layerprobe.errors import ConfigError, ModelError
+from simpletuner_layerprobe.models import NAMED, Architecture, architecture
+
+if TYPE_CHECKING:
+    from simpletuner_layerprobe.analyse.contribution import Contribution
+    from simpletuner_layerprobe.lokr.check import Check
+    from simpletuner_layerprobe.lokr.plan import Plan
+    from simpletuner_layerprobe.training.environment import Environment
+
+__all__ = ["NAMED", "Architecture", "alike", "architecture", "check_config", "environment", "plan", "programs"]
+
+PathLike = str | os.PathLike[str]
+
+
+def plan(
+    run: Run | Architecture | PathLike,
+    *,
+    reading: str | None = None,
+    bins: int = 10,
+    **options: Unpack[PlanOptions],
+) -> Plan:
+    """A weighted LoKr (or LoHa, LoCon, LoRA) for a run's model; options: see PlanOptions.
+
+    run: with an `architecture`, or what names one, in its place all blocks count the same and a budget is needed. The
+    plan's .numbers are a factor or rank for each of its .groups of modules, .parameters the trainable ones; .verify()
+    proves with LyCORIS that every module gets what is meant, .write(path) writes the config. Raises ConfigError for
+    options that do not fit and without a module table.
+    """
+    from simpletuner_layerprobe.analyse.contribution import stream_contributions
+    from simpletuner_layerprobe.lokr.plan import make_plan
+
+    if not isinstance(run, Run):
+        return _plan_alike(known_model(run), options)
+    weighting = options.get("weighting", {})
+    streams = None
+    if options.get("per_stream"):
+        clip = {name: value for name, value in weighting.items() if name == "clip_percentile"}
+        streams = stream_contributions(run.heatmaps(reading, bins), **clip)
+    contribution = run.contribution(reading, bins, **weighting)
+    return make_plan(run.manifest, contribution, streams=streams, **asked_of(options, run.preset))
+
+
+def _plan_alike(model: Architecture, options: PlanOptions) -> Plan:
+    """A plan in which all blocks count the same."""
+    from simpletuner_layerprobe.lokr.plan import Recipe, make_plan
+
+    if options.get("direction", "uniform") != "uniform" or options.get("per_stream"):
+        raise ConfigError("without a run no contributions are known: all blocks get the same, in no other direction")
+    asked = asked_of({**options, "direction": None}, "article")  # type: ignore[typeddict-item]
+    if Recipe(**asked).parameters is not None:
+        asked["direction"] = "uniform"
+    elif asked.get("rank") is None:
+        raise ConfigError("a plan without a run needs a budget (params), or another algorithm than lokr and a rank")
+    return make_plan(model, alike(model), **asked)
+
+
+def alike(model: Architecture) -> Contribution:
+    """The contributions of a model without a run: all the same."""
+    import numpy as np
+
+    from simpletuner_layerprobe.analyse.contribution import Contribution
+    from simpletuner_layerprobe.analyse.heatmap import all_blocks
+
+    blocks = all_blocks([stream.blocks for stream in model.streams])
+    return Contribution(blocks, np.ones(len(blocks)), np.ones(len(blocks), dtype=np.bool_), {})
+
+
+def check_config(config: Mapping[str, Any] | PathLike, run: Run | Architecture | PathLike) -> Check:
+    """What each module gets from a LyCORIS config, by LyCORIS itself, and was meant to get.
+
+    config: the file, or what it holds. run: whose model it is, a run or an `architecture` or what names one. The
+    check's .rows are the modules with what was intended and what they got, .wrong those where it differs; .require()
+    raises ConfigError if there are any. Raises ConfigError for what LyCORIS or SimpleTuner refuse.
+    """
+    from simpletuner_layerprobe.lokr import proof
+
+    return proof.check_config(config, run.manifest if isinstance(run, Run) else known_model(run))
+
+
+def environment(name: str, run: Run, plan: Plan, *, force: bool = False, dry_run: bool = False) -> Environment:
+    """Write the SimpleTuner environment config/NAME that trains a plan with the probe run's own options.
+
+    The result's .written are the files. dry_run: write nothing. Raises ConfigError for a name that SimpleTuner does not
+    find, for files that exist (unless `force`), and if the run's options are not known.
+    """
+    from simpletuner_layerprobe.training import environment
+
+    return environment.environment(name, environment.read_options(run.path), plan, force=force, dry_run=dry_run)
+
+
+def programs(run: Run) -> list[str]:
+    """The options of a probe run that start a program: no environment takes them over."""
+    from simpletuner_layerprobe.training import environment
+
+    return environment.programs(environment.read_options(run.path))
+
+
+def known_model(model: Architecture | PathLike) -> Architecture:
+    """The architecture, also by its name. Raises ModelError if the probe does not know its blocks."""
+    known = model if isinstance(model, Architecture) else architecture(model)
+    if not known.streams:
+        raise ModelError(f"{model} is a {known.model_class}; the layer probe does not know its blocks")
+    return known

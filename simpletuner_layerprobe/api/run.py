@@ -1,0 +1,318 @@
+"""A run: its samples as arrays, and what they say of the blocks, with the uncertainty that its images leave.
+
+Shape letters: N samples, C columns of a reading (L, or fewer over several blocks in a row), T sigma bins, L blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Unpack
+
+from simpletuner_layerprobe.api.options import PlanOptions, asked_of
+from simpletuner_layerprobe.errors import ConfigError, ProbeError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas
+    from numpy.typing import NDArray
+
+    from simpletuner_layerprobe.analyse.bootstrap import Bootstrap
+    from simpletuner_layerprobe.analyse.contribution import Contribution
+    from simpletuner_layerprobe.analyse.findings import Section
+    from simpletuner_layerprobe.analyse.heatmap import Heatmap, PairHeatmap
+    from simpletuner_layerprobe.analyse.samples import Samples
+    from simpletuner_layerprobe.analyse.settled import Confidence, Decide
+    from simpletuner_layerprobe.run.load import RunData
+    from simpletuner_layerprobe.run.manifest import Manifest
+    from simpletuner_layerprobe.run.stream_file import StreamFile
+
+
+@dataclass(frozen=True)
+class Contributions:
+    """How much each block changes the hidden states, by the article's recipe, and how sure that is.
+
+    blocks: L paths in the model's order. values: (L,) float64 in [0, 1], 1 for the block that changes them most.
+    low, high: (L,) float64, the middle 95% of the bootstrap's replicates. settled: (L,) bool, whether 95% of the
+    replicates give the block the same LoKr factor. critical: numbers of the blocks that stick out far (they get factor
+    1). confidence: all of what is known of it, `confidence.text()` in a line.
+    """
+
+    blocks: tuple[str, ...]
+    values: NDArray[np.float64]
+    low: NDArray[np.float64]
+    high: NDArray[np.float64]
+    settled: NDArray[np.bool_]
+    critical: tuple[int, ...]
+    confidence: Confidence
+
+
+class Run:
+    """The samples of a run as they were when it was loaded (`load`), also if a training goes on writing it."""
+
+    def __init__(self, data: RunData) -> None:
+        self.data = data
+        self._samples: dict[str, Samples] = {}
+        self._bootstraps: dict[tuple[str, int], Bootstrap] = {}
+
+    def __repr__(self) -> str:
+        return f"<Run {self.path}: {self.model or 'unknown model'}, {self.counted}>"
+
+    @property
+    def path(self) -> Path:
+        """The folder, or the file of records."""
+        return self.data.path
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the run was recorded from and with which settings."""
+        return self.data.manifest
+
+    @property
+    def files(self) -> tuple[StreamFile, ...]:
+        """The stream files of a folder: one per start and rank."""
+        return self.data.files
+
+    @property
+    def model(self) -> str:
+        """SimpleTuner's names of the model, such as "sd3 large"; else its class, "" if nothing is known."""
+        from simpletuner_layerprobe.show.words import model_name
+
+        return model_name(self.manifest)
+
+    @property
+    def samples(self) -> int:
+        """The number of samples N."""
+        return self.data.samples
+
+    @property
+    def images(self) -> int | None:
+        """How many different images the samples are of, None if that is not known of all of them."""
+        return self.data.images
+
+    @property
+    def counted(self) -> str:
+        """ "2,000 samples of 60 images"."""
+        from simpletuner_layerprobe.show.words import samples_text
+
+        return samples_text(self.samples, self.images)
+
+    @property
+    def sigma(self) -> NDArray[np.float64]:
+        """(N,) float64, the noise level of each sample: 0 clean .. 1 noise."""
+        return self.data.sigma
+
+    @property
+    def facts(self) -> dict[str, NDArray[Any]]:
+        """What is known of each sample: name -> (N,).
+
+        image: uint64, a number for each image, 0 if unknown. repeat: how often it came before. caption_words,
+        caption_characters, text_tokens: of the caption that the model got, -1 if unknown. width, height: pixels, 0 if
+        unknown. crop_top, crop_left: -1 if unknown. dropped: 1 if the caption was dropped, -1 if unknown. backend:
+        strings, "" if unknown. loss: float32, NaN if unknown.
+        """
+        return {**self.data.facts, "loss": self.data.loss}
+
+    @property
+    def streams(self) -> dict[str, tuple[str, ...]]:
+        """Stream -> the paths of its L blocks in the model, the image stream first."""
+        return self.data.streams
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """All blocks that any stream has, in the model's order; block numbers count them from 0."""
+        from simpletuner_layerprobe.analyse.heatmap import all_blocks
+
+        return all_blocks(list(self.streams.values()))
+
+    @property
+    def readings(self) -> tuple[str, ...]:
+        """What was recorded: "last", "mean", "update_norm_last", "pair2_mean" ... (docs/residual-readings.md)."""
+        return self.data.readings
+
+    @property
+    def reading(self) -> str:
+        """The reading that is looked at unless another is named: "last", as in the article, if it was recorded."""
+        return "last" if "last" in self.readings else "mean"
+
+    def distances(self, stream: str, reading: str | None = None) -> NDArray[Any]:
+        """(N, L) float32, angular distance between the hidden states before and after each block, a fraction of pi.
+
+        Of a further reading, what it gives; (N, L - n + 1) over n blocks in a row. NaN and infinity are what the model
+        gave. float64 where an import needed it. Raises RunError for a stream or reading that the run has not.
+        """
+        return self.data.distances(stream, reading or self.reading)
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """One row per sample: sigma, loss, the facts (NA where unknown), "image.last.transformer_blocks.0" ..."""
+        return self.data.to_pandas()
+
+    def samples_in(self, reading: str | None = None) -> Samples:
+        """All samples in one reading, as the functions of `analyse` take them. Raises RunError as `distances` does."""
+        from simpletuner_layerprobe.analyse.samples import Samples
+
+        name = reading or self.reading
+        if name not in self._samples:
+            self._samples[name] = Samples(
+                self.sigma,
+                self.facts["image"],
+                self.streams,
+                {stream: self._columns(stream, name) for stream in self.streams},
+                reading=name,
+                facts=self.facts,
+                stratified=self.manifest.settings.get("sigmas") == "stratified",
+            )
+        return self._samples[name]
+
+    def _columns(self, stream: str, reading: str) -> NDArray[Any]:
+        """`distances`, (N, 0) of a reading over more blocks than this stream has."""
+        import numpy as np
+
+        known = self.manifest.columns()
+        missing = (stream, reading) not in known and any(name == reading for _, name in known)
+        return np.empty((self.samples, 0)) if missing else self.distances(stream, reading)
+
+    def heatmaps(self, reading: str | None = None, bins: int = 10) -> dict[str, Heatmap]:
+        """`heatmap` of every stream, the image stream first."""
+        from simpletuner_layerprobe.analyse.heatmap import heatmaps
+
+        return heatmaps(self.samples_in(reading), bins=bins)
+
+    def counts(self, bins: int = 10) -> NDArray[np.int64]:
+        """(T,) the samples in each of T equal bins of sigma."""
+        import numpy as np
+
+        from simpletuner_layerprobe.analyse.heatmap import bin_index
+
+        return np.bincount(bin_index(self.sigma, bins), minlength=bins)
+
+    def heatmap(self, stream: str, reading: str | None = None, bins: int = 10) -> Heatmap:
+        """The mean distances of a stream by T equal bins of sigma and L blocks.
+
+        values_TL: (T, L) float64, fractions of pi; 0 where a bin has no samples. counts_T: (T,) samples of each bin.
+        standard_errors_TL: (T, L), by how much other images would move each value. blocks: L paths. Raises RunError for
+        a stream or reading that the run has not, ProbeError if it has no samples.
+        """
+        self.manifest.stream(stream)
+        return self.heatmaps(reading, bins)[stream]
+
+    def pair_heatmaps(self, tokens: str | None = None, bins: int = 10) -> dict[str, PairHeatmap]:
+        """Distances over several blocks in a row (layerprobe_block_pairs), by stream: values_PL, a row per number.
+
+        Raises ProbeError if the run was recorded without them.
+        """
+        from simpletuner_layerprobe.analyse.heatmap import pair_heatmaps
+        from simpletuner_layerprobe.readings import ANGLE, parse_reading
+
+        tokens = tokens or self.reading
+        spans = [one for one in map(parse_reading, self.readings) if (one.kind, one.tokens) == (ANGLE, tokens)]
+        return pair_heatmaps([self.samples_in(one.name) for one in spans], bins=bins)
+
+    def findings(self, reading: str | None = None, bins: int = 10) -> tuple[Section, ...]:
+        """What the run shows, as docs/findings.md defines it: one section per kind and stream, with .findings.
+
+        Raises ProbeError if it has no samples.
+        """
+        from simpletuner_layerprobe.analyse.findings import findings
+
+        return findings(self.samples_in(reading), bins=bins)
+
+    def contribution(self, reading: str | None = None, bins: int = 10, **weighting: float) -> Contribution:
+        """`contributions` without what the replicates say: value_L, covered_L, critical by stream."""
+        from simpletuner_layerprobe.analyse.contribution import article_contributions
+
+        return article_contributions(self.heatmaps(reading, bins), **weighting)
+
+    def contributions(self, reading: str | None = None, bins: int = 10, **weighting: float) -> Contributions:
+        """The contribution of every block by the article's recipe: values, low, high and settled, (L,) each.
+
+        weighting: clip_percentile (90), text_weight (1/3), image_weight (2/3). Raises ProbeError without samples, and
+        if all blocks change the hidden states alike.
+        """
+        from simpletuner_layerprobe.analyse.settled import confidence
+        from simpletuner_layerprobe.lokr.plan import decide_of
+
+        contribution = self.contribution(reading, bins, **weighting)
+        try:
+            sure = self.confidence(reading=reading, bins=bins, preset="article", weighting=weighting)
+        except ConfigError:  # what the modules would train is not known: factors are compared by name
+            bootstrap = self._bootstrap(reading, bins)
+            by_name = decide_of(replace(self.manifest, modules=()), weighting=weighting)
+            sure = confidence(bootstrap, by_name(bootstrap))
+        return Contributions(
+            contribution.blocks,
+            contribution.value_L,
+            sure.low_L,
+            sure.high_L,
+            sure.settled_K,
+            contribution.critical_union(),
+            sure,
+        )
+
+    @property
+    def preset(self) -> str:
+        """What the run's factors are judged for unless another is named: its own layerprobe_preset, else "article"."""
+        from simpletuner_layerprobe.lokr.amounts import preset_parameters
+        from simpletuner_layerprobe.training.environment import read_options
+
+        try:
+            options = {key.lstrip("-"): value for key, value in read_options(self.path).items()}
+            named = str(options.get("layerprobe_preset", "article"))
+            preset_parameters(named)
+        except ProbeError:
+            return "article"
+        return named
+
+    def confidence(
+        self, *, share: float = 0.95, reading: str | None = None, bins: int = 10, **options: Unpack[PlanOptions]
+    ) -> Confidence:
+        """How sure the contributions and the factors (or ranks) of a plan are: the one answer to that question.
+
+        Bootstrap replicates draw images, where they are known, and each is planned as the run itself. low_L, high_L:
+        (L,) 95% intervals of the contributions. factor_K, agreement_K, settled_K: what the plan decides (a factor per
+        block, with a budget per group of modules), the share of the replicates that decide the same, and whether that
+        is `share` or more. `.settled`: whether all are; `.text()`: all of it in a line.
+        """
+        from simpletuner_layerprobe.analyse.settled import confidence
+
+        bootstrap, decide = self._decision(reading, bins, options)
+        return confidence(bootstrap, decide, share)
+
+    def times_to_settle(
+        self, *, reading: str | None = None, bins: int = 10, **options: Unpack[PlanOptions]
+    ) -> int | None:
+        """About how many times the images (samples, where these are not known) would settle all; None for far more."""
+        from simpletuner_layerprobe.analyse.settled import times_to_settle
+
+        return times_to_settle(*self._decision(reading, bins, options))
+
+    def decided(
+        self, *, reading: str | None = None, bins: int = 10, **options: Unpack[PlanOptions]
+    ) -> tuple[tuple[int, str], ...]:
+        """The block number and the kind of modules of each number that `confidence` judges; "" for a whole block."""
+        from simpletuner_layerprobe.lokr.plan import Recipe
+
+        recipe = Recipe(**asked_of(options, self.preset))
+        bootstrap = self._bootstrap(reading, bins)
+        if not self.manifest.modules:
+            return tuple((number, "") for number in range(len(bootstrap.names)))
+        groups = recipe.groups(self.manifest, bootstrap.names, bootstrap.blocks)
+        if recipe.parameters is None:
+            return tuple(dict.fromkeys((group.number, "") for group in groups))
+        return tuple(
+            (group.number, f"{group.stream} {group.kind}" if recipe.per_stream else group.kind) for group in groups
+        )
+
+    def _decision(self, reading: str | None, bins: int, options: PlanOptions) -> tuple[Bootstrap, Decide]:
+        from simpletuner_layerprobe.lokr.plan import decide_of
+
+        bootstrap = self._bootstrap(reading, bins)
+        return bootstrap, decide_of(self.manifest, **asked_of(options, self.preset))(bootstrap)
+
+    def _bootstrap(self, reading: str | None, bins: int) -> Bootstrap:
+        from simpletuner_layerprobe.analyse.bootstrap import Bootstrap
+
+        key = (reading or self.reading, bins)
+        if key not in self._bootstraps:
+            self._bootstraps[key] = Bootstrap.of(self.samples_in(reading), bins=bins)
+        return self._bootstraps[key]

@@ -1,0 +1,102 @@
+"""The files of figures and arrays that a run gives: name -> bytes.
+
+Shape letters: T bins, L blocks, P blocks in a row.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simpletuner_layerprobe.analyse.contribution import Contribution, article_contributions
+from simpletuner_layerprobe.analyse.heatmap import Heatmap, PairHeatmap, bin_edges, combined
+from simpletuner_layerprobe.errors import ProbeError
+from simpletuner_layerprobe.show.figures import COMBINED_TITLE, factor_figure, heatmap_figure, pairs_figure
+
+
+def article_files(
+    streams: Mapping[str, Heatmap], factors: Callable[[Contribution], Sequence[int]], **look: str
+) -> tuple[dict[str, bytes], str]:
+    """The article's three figures and heatmap.npz; and why a figure cannot be drawn, else "". factors: the recipe.
+
+    look: samples, model and file_format, here and below.
+    """
+    arrays, ending = dict(streams), look["file_format"]
+    files = {f"figure1_streams.{ending}": heatmap_figure(tuple(streams.values()), **look)}
+    problem = ""
+    try:
+        if len(streams) > 1:
+            arrays["combined"] = combined(streams)
+            files[f"figure2_combined.{ending}"] = heatmap_figure((arrays["combined"],), title=COMBINED_TITLE, **look)
+        contribution = article_contributions(streams)
+        files[f"figure3_factors.{ending}"] = factor_figure(
+            contribution.blocks,
+            factors(contribution),
+            critical=contribution.critical_union(),
+            repeated=np.flatnonzero(~contribution.covered_L).tolist(),
+            model=look["model"],
+            file_format=ending,
+        )
+    except ProbeError as error:
+        problem = str(error)
+    return files | {"heatmap.npz": _npz(heatmap_arrays(arrays))}, problem
+
+
+def reading_files(kind: str, streams: Mapping[str, Heatmap], **look: str) -> dict[str, bytes]:
+    """The figure and the arrays of a reading of the blocks' updates; kind: the files' name."""
+    figure = heatmap_figure(tuple(streams.values()), **look)
+    return {f"{kind}.{look['file_format']}": figure, f"{kind}.npz": _npz(heatmap_arrays(streams))}
+
+
+def pairs_files(pairs: Mapping[str, PairHeatmap], **look: str) -> dict[str, bytes]:
+    """The figure and the arrays of the distances over several blocks in a row."""
+    figure = pairs_figure(tuple(pairs.values()), **look)
+    return {f"pairs.{look['file_format']}": figure, "pairs.npz": _npz(pairs_arrays(pairs))}
+
+
+def _npz(arrays: Mapping[str, NDArray[np.generic]]) -> bytes:
+    """An .npz file without pickled objects; `numpy.load` reads it as it is."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
+def heatmap_arrays(heatmaps: Mapping[str, Heatmap]) -> dict[str, NDArray[np.generic]]:
+    """The heatmaps as named arrays, for an .npz file.
+
+    For every heatmap S ("image", "text", and "combined" if it is among them):
+      S_mean       (T, L) float64: mean over the samples of the bin; 0 where the bin has none
+      S_error      (T, L) float64: its standard error; not finite where it is not known
+      S_count      (T,) int64: samples in each bin
+      S_blocks     (L,) str: path of each block in the model
+      S_nonfinite  () int64: samples left out because a number was NaN or infinite
+    and once: bin_edges (T + 1,) float64, sigma 0 (clean) .. 1 (noise); reading () str.
+    """
+    first = next(iter(heatmaps.values()))
+    arrays: dict[str, NDArray[np.generic]] = {
+        "bin_edges": bin_edges(len(first.counts_T)),
+        "reading": np.array(first.reading),
+    }
+    for name, heatmap in heatmaps.items():
+        arrays[f"{name}_mean"] = heatmap.values_TL
+        arrays[f"{name}_error"] = heatmap.standard_errors_TL
+        arrays[f"{name}_count"] = heatmap.counts_T
+        arrays[f"{name}_blocks"] = np.array(heatmap.blocks)
+        arrays[f"{name}_nonfinite"] = np.array(heatmap.nonfinite)
+    return arrays
+
+
+def pairs_arrays(pairs: Mapping[str, PairHeatmap]) -> dict[str, NDArray[np.generic]]:
+    """The heatmaps over pairs as named arrays, for an .npz file.
+
+    For every stream S: S_pairs (P, L) float64, the mean angular distance (fraction of pi) over n = row + 1 blocks from
+    the column's block on, NaN where there is no such pair; S_blocks (L,) str. And once: reading ().
+    """
+    arrays: dict[str, NDArray[np.generic]] = {"reading": np.array(next(iter(pairs.values())).reading)}
+    for name, heatmap in pairs.items():
+        arrays[f"{name}_pairs"] = heatmap.values_PL
+        arrays[f"{name}_blocks"] = np.array(heatmap.blocks)
+    return arrays

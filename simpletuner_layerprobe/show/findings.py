@@ -1,0 +1,25 @@
+"""Findings in words, as the command prints them and the report shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import groupby
+
+from simpletuner_layerprobe.analyse.sections import Finding, Section, sureness
+from simpletuner_layerprobe.show.words import counted
+
+
+def by_kind(sections: Sequence[Section]) -> Iterator[tuple[str, list[Section]]]:
+    """The sections of each kind; one for "every" stream where nothing can be said of any for the same reason."""
+    for kind, group in groupby(sections, key=lambda section: section.kind):
+        those = list(group)
+        if len(those) > 1 and those[0].missing and len({section.missing for section in those}) == 1:
+            those = [replace(those[0], stream="every")]
+        yield kind, those
+
+
+def detail(finding: Finding, samples: int) -> str:
+    """How sure a finding is, and of how many samples if not of all of the run."""
+    behind = "" if finding.samples == samples else f", {counted(finding.samples, 'sample')}"
+    return sureness(finding) + behind

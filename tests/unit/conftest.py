@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import chromium
+import pytest
+from command_line import TINY, Result
+from synthetic_run import sd3_modules, write_run
+
+from simpletuner_layerprobe.cli import main
+
+
+@pytest.fixture
+def layerprobe(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    """A function that runs a command line in this process."""
+
+    def run(*arguments: object) -> Result:
+        capsys.readouterr()
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capsys.readouterr()
+        return Result(code, out, err)
+
+    return run
+
+
+@pytest.fixture
+def tiny_run(tmp_path: Path) -> Path:
+    """A probe run of a small SD3-shaped model, 400 samples of 40 images, with its SimpleTuner options beside it."""
+    folder = tmp_path / "output" / "probe" / "layerprobe"
+    write_run(folder, TINY, 400, flavour="medium", modules=sd3_modules(6), images=40, seed=1)
+    options = {"model_family": "sd3", "output_dir": "output/probe", "layerprobe": True, "seed": 7}
+    (folder / "config.json").write_text(json.dumps(options))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[chromium.Page]:
+    """A tab of a browser of its own."""
+    with chromium.Page(tmp_path_factory.mktemp("profile")) as opened:
+        yield opened

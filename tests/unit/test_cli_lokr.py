@@ -1,0 +1,400 @@
+"""`layerprobe lokr` and `check-config`: recipes, budgets, ranks, what is written and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from command_line import TINY, Result, assert_one_line, snapshot
+from synthetic_run import SD35_LARGE, manifest, records, rows, sd3_modules, write_rows, write_run
+
+import simpletuner_layerprobe as layerprobe_api
+from simpletuner_layerprobe.lokr.plan import Plan
+from simpletuner_layerprobe.run.load import RunData
+
+# torchao, which diffusers imports, has a string with a stray backslash.
+pytestmark = pytest.mark.filterwarnings("ignore:invalid escape sequence:SyntaxWarning")
+
+Command = Callable[..., Result]
+
+
+def built(config: Path | dict[str, Any], run: Path) -> int:
+    """The trainable parameters that LyCORIS makes of a config on a run's model."""
+    check = layerprobe_api.check_config(config, layerprobe_api.load(run))
+    check.require()
+    return check.parameters
+
+
+def as_published(config: dict[str, Any]) -> dict[str, Any]:
+    """The config in the form that the article published: whole blocks by class name, then the names."""
+    config["apply_preset"]["target_module"] = ["JointTransformerBlock"]
+    return config
+
+
+def factors_in(path: Path) -> list[int]:
+    """The factor of each block's feed-forward in a written config, in the order of the blocks."""
+    patterns = json.loads(path.read_text())["apply_preset"]["name_algo_map"]
+    return [settings["factor"] for pattern, settings in patterns.items() if pattern.endswith(".ff*")]
+
+
+# The article's recipe
+
+
+def notebook_factors(run: RunData, critical: tuple[int, ...]) -> list[int]:
+    """The article's notebook, line by line: records to factors."""
+    sums: dict[str, Any] = {"encoder_hidden_states": np.zeros((10, 37)), "hidden_states": np.zeros((10, 38))}
+    counts = np.zeros(10)
+    for one in records(run, "last"):
+        t = min(int(one["timestep"] * 10), 9)
+        counts[t] += 1
+        for key, table in sums.items():
+            table[t] += one[key]
+    text, image = (
+        np.minimum(table / counts[:, None], np.percentile(table / counts[:, None], 90)) for table in sums.values()
+    )
+    combined = ((text * (1 / 3) + image[:, :37] * (2 / 3)) / 2).mean(axis=0)
+    inverted = 1 - (combined - combined.min()) / (combined.max() - combined.min())
+    factors = np.clip(np.round(inverted * 11 + 1), 1, 12).astype(int).tolist()
+    return [1 if i in critical else factors[min(i, 36)] for i in range(38)]
+
+
+def test_the_articles_factors_are_written(layerprobe: Command, tmp_path: Path) -> None:
+    peaks = [("image", 0), ("text", 0), ("text", 31), ("image", 35)]
+    run = write_run(tmp_path / "run", SD35_LARGE, 300, peaks=peaks, modules=sd3_modules(38))
+    expected = notebook_factors(run, (0, 31, 35))
+    for critical in ("0,31,35", "auto"):
+        out = tmp_path / f"{critical}.json"
+        shown = layerprobe("lokr", run.path, "--preset", "article", "--critical", critical, "--out", out)
+        assert (shown.code, shown.err) == (0, "")
+        assert factors_in(out) == expected
+        table = [line.split() for line in shown.out.splitlines()[1:39]]
+        assert [int(row[0]) for row in table] == list(range(38))
+        assert [int(row[6]) for row in table] == expected
+    assert shown.out.splitlines()[32].endswith("critical (text)")
+    assert shown.out.splitlines()[1].endswith("critical (image, text)")
+    assert "contribution of the nearest block" in shown.out.splitlines()[38]
+    assert layerprobe("lokr", run.path, "--critical", "none", "--json").json["blocks"][0]["critical"] is False
+
+
+def test_the_parameters_are_those_that_lycoris_makes(layerprobe: Command, tiny_run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "lycoris_config.json"
+    shown = layerprobe("lokr", tiny_run, "--contrast", "1", "--out", out)
+    assert (shown.code, shown.err) == (0, "")
+
+    # Factor 1 is a full matrix and one number; attention has factor 2: 2 x 2 and 32 x 32.
+    def block(norm: int, feed_forward: int) -> int:
+        return sum(rows * 64 * 64 + 1 for rows in (6, norm, *[4] * feed_forward)) + 2 * (4 + 32 * 32)
+
+    expected = [block(6, 3)] * 5 + [block(2, 2)]
+    lines = shown.out.splitlines()
+    assert [int(line.split()[8].replace(",", "")) for line in lines[1:7]] == expected
+    assert f"{sum(expected):,}" in lines[7] and lines[7].endswith("MB in bf16")
+    assert "feed-forward and modulation get the factor, attention twice the factor" in lines[8]
+    assert "settled for images like these 40" in lines[9]
+    assert "verified: LyCORIS" in lines[10] and "all 41 modules" in lines[10]
+    assert lines[11] == f"written: {out}"
+    assert lines[12].startswith(f'next: set "lycoris_config": "{out}"')
+
+
+def test_json_is_all_that_is_printed(layerprobe: Command, tiny_run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "lycoris_config.json"
+    for arguments in (("--params", "60k", "--per-stream"), ("--preset", "article")):
+        told = layerprobe("lokr", tiny_run, *arguments, "--json", "--out", out, "--force").json
+        assert told["config"] == json.loads(out.read_text())
+        assert told["written"] == [str(out)]
+        assert (told["samples"], told["images"]) == (400, 40)
+        assert told["parameters"] == built(told["config"], tiny_run)
+        assert [block["number"] for block in told["blocks"]] == list(range(6))
+        assert sum(block["parameters"] for block in told["blocks"]) == told["parameters"]
+        for block in told["blocks"]:
+            low, high = block["interval"]
+            assert 0 <= low <= block["contribution"] <= high <= 1
+            assert block["settled"] == (min(block["agreement"].values()) >= 0.95)
+    assert told["budget"] is None and told["preset"] == "article"
+    assert told["blocks"][3]["factors"] == {"at_factor": 1, "at_double": 2}
+    told = layerprobe("lokr", tiny_run, "--params", "60k", "--per-stream", "--json").json
+    assert told["budget"]["reached"] == told["parameters"] == 60_000 + told["budget"]["gap"]
+    kinds = "image feed-forward, image attention, image modulation, text feed-forward, text modulation"
+    assert set(told["blocks"][0]["factors"]) == set(kinds.split(", "))
+
+
+# What is written, and what is not
+
+
+def test_an_environment_is_written_and_never_overwritten_unasked(
+    layerprobe: Command, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = snapshot(tmp_path)
+    shown = layerprobe("lokr", tiny_run, "--critical", "none")
+    assert shown.code == 0 and shown.out.splitlines()[-1].startswith("nothing written: add --env NAME")
+    assert snapshot(tmp_path) == before
+    shown = layerprobe("lokr", tiny_run, "--env", "weighted")
+    assert (shown.code, shown.err) == (0, "")
+    assert shown.out.splitlines()[-1] == "next: simpletuner train env=weighted"
+    folder = tmp_path / "config" / "weighted"
+    assert sorted(os.listdir(folder)) == ["config.json", "lycoris_config.json"]
+    options = json.loads((folder / "config.json").read_text())
+    assert "layerprobe" not in options and options["seed"] == 7 and options["lora_type"] == "lycoris"
+    before = snapshot(tmp_path)
+    for target in (("--out", folder / "lycoris_config.json"), ("--env", "weighted")):
+        other = ("lokr", tiny_run, *target, "--contrast", "3")
+        assert_one_line(layerprobe(*other), 1, "exists already", "--force")
+        assert snapshot(tmp_path) == before
+    assert layerprobe(*other, "--force").code == 0
+    assert max(factors_in(folder / "lycoris_config.json")) == 3
+
+
+def test_what_cannot_be_written_is_said_before_the_proof(tiny_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.json").write_text("mine")
+    (tmp_path / "config" / "taken").mkdir(parents=True)
+    (tmp_path / "config" / "taken" / "config.toml").write_text("seed = 1")
+    code = (
+        "import sys; from simpletuner_layerprobe.cli import main\n"
+        "for target in (['--out', 'mine.json'], ['--env', 'taken'], ['--env', 'a.b']):\n"
+        "    print(main(['lokr', sys.argv[1], *target]), 'torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, str(tiny_run)]
+    shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert shown.stdout == "1 False\n" * 3 and shown.stderr.count("\n") == 3, shown
+
+
+def test_a_config_that_lycoris_builds_otherwise_is_an_error_and_not_a_file(
+    layerprobe: Command, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    right = Plan.config
+    monkeypatch.setattr(Plan, "config", lambda plan: as_published(right(plan)))
+    before = snapshot(tmp_path)
+    for target in (("--out", tmp_path / "out.json"), ("--env", "x")):
+        assert_one_line(layerprobe("lokr", tiny_run, *target), 1, "modules otherwise than meant")
+    assert snapshot(tmp_path) == before
+
+
+def test_a_run_that_does_not_know_its_model_cannot_be_planned(layerprobe: Command, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", TINY, 100, modules=(), images=20).path
+    before = snapshot(tmp_path)
+    for arguments in ((), ("--params", "1M")):
+        assert_one_line(layerprobe("lokr", run, *arguments, "--out", tmp_path / "out"), 1, "no module table", "--model")
+    assert snapshot(tmp_path) == before
+    known = write_run(tmp_path / "known", TINY, 100, modules=sd3_modules(6)).path
+    assert_one_line(layerprobe("lokr", known, "--env", "weighted"), 1, "config.json does not exist", "--out")
+
+
+# A budget
+
+
+def test_a_budget_is_kept_and_the_config_is_what_was_counted(
+    layerprobe: Command, tiny_run: Path, tmp_path: Path
+) -> None:
+    configs = []
+    for budget in ("60k", "0.06M", "120kB"):
+        out = tmp_path / f"{budget}.json"
+        shown = layerprobe("lokr", tiny_run, "--params", budget, "--out", out)
+        assert (shown.code, shown.err) == (0, "")
+        configs.append(out.read_bytes())
+    reached = built(out, tiny_run)
+    assert 60_000 * 0.999 <= reached <= 60_000
+    assert "budget   60,000 parameters" in shown.out and f"{reached:,}  " in shown.out
+    assert "bound    reached within 0.1%" in shown.out
+    assert "verified: LyCORIS" in shown.out and f"written: {out}" in shown.out
+    assert len(set(configs)) == 1
+
+
+def test_as_many_as_another_config_in_every_direction(layerprobe: Command, tiny_run: Path, tmp_path: Path) -> None:
+    like = tmp_path / "like.json"
+    assert layerprobe("lokr", tiny_run, "--out", like).code == 0
+    parameters = built(like, tiny_run)
+    configs = []
+    for direction in ("more-change-more-capacity", "more-change-less-capacity", "uniform"):
+        out = tmp_path / f"{direction}.json"
+        assert layerprobe("lokr", tiny_run, "--params", like, "--direction", direction, "--out", out).code == 0
+        configs.append(out.read_bytes())
+        assert parameters * 0.999 <= built(out, tiny_run) <= parameters
+    assert len(set(configs)) == 3
+    like.write_text(like.read_text().replace("transformer_blocks", "other"))
+    assert_one_line(layerprobe("lokr", tiny_run, "--params", like), 1, str(like), "no budget to match")
+
+
+def test_blocks_that_are_frozen_and_blocks_that_are_full(layerprobe: Command, tiny_run: Path) -> None:
+    options = ("--params", "200k", "--freeze", "0,4-5", "--critical", "1", "--contrast", "2")
+    told = json.loads(layerprobe("lokr", tiny_run, *options, "--json").out)
+    factors = [set(block["factors"].values()) for block in told["blocks"]]
+    assert factors[0] == factors[4] == factors[5] == set() and factors[1] == {1}
+    assert [block["settled"] for block in told["blocks"]][:2] == [None, True]
+    names = told["config"]["apply_preset"]["name_algo_map"]
+    assert {name.split(".")[1] for name in names} == {"1", "2", "3"}
+    table = layerprobe("lokr", tiny_run, "--params", "60k", "--freeze", "2").out.splitlines()
+    assert table[3].endswith("frozen") and table[3].split()[6:12] == ["-"] * 6
+
+
+def test_the_runs_own_preset_is_planned_unless_another_is_named(layerprobe: Command, tiny_run: Path) -> None:
+    (tiny_run / "config.json").write_text(json.dumps({"--layerprobe_preset": "60k"}))
+    assert layerprobe("lokr", tiny_run, "--json").json["budget"]["parameters"] == 60_000
+    assert layerprobe("lokr", tiny_run, "--preset", "article", "--json").json["preset"] == "article"
+    shown = layerprobe("lokr", tiny_run, "--params", "1B")
+    assert shown.code == 0
+    assert "the budget is 1,000,000,000: the largest plan of this kind has" in shown.err
+
+
+# Ranks, and plans without a run
+
+
+@pytest.mark.parametrize("algo", ["locon", "loha"])
+def test_a_config_by_ranks(layerprobe: Command, tiny_run: Path, tmp_path: Path, algo: str) -> None:
+    out = tmp_path / "lycoris_config.json"
+    shown = layerprobe("lokr", tiny_run, "--algo", algo, "--rank", 8, "--critical", "1", "--out", out)
+    assert shown.code == 0 and "modules the rank meant" in shown.out, shown.err
+    names = json.loads(out.read_text())["apply_preset"]["name_algo_map"]
+    assert names["transformer_blocks.1.ff*"] == {"dim": 8, "alpha": 8}
+    assert names["transformer_blocks.1.*"] == {"dim": 4, "alpha": 4}
+    proof = layerprobe("check-config", out, "--run", tiny_run, "--differences")
+    assert proof.code == 0 and "0 of" in proof.out
+    told = json.loads(layerprobe("lokr", tiny_run, "--algo", algo, "--params", "60k", "--json").out)
+    assert 50_000 < told["parameters"] <= 60_060 and all(block["ranks"] for block in told["blocks"])
+
+
+def test_a_plan_without_a_run(layerprobe: Command, tmp_path: Path) -> None:
+    out = tmp_path / "lycoris_config.json"
+    shown = layerprobe("lokr", "--model", "sd35-medium", "--params", "50M", "--out", out)
+    assert shown.code == 0 and "budget   50,000,000" in shown.out and "settled" not in shown.out, shown.err
+    proof = layerprobe("check-config", out, "--model", "sd35-medium", "--differences")
+    assert proof.code == 0 and "0 of" in proof.out
+    told = layerprobe("lokr", "--model", "sd35-medium", "--algo", "loha", "--rank", 4, "--json").json
+    assert {tuple(block["ranks"].values()) for block in told["blocks"]} == {(4, 2)}
+    assert {block["contribution"] for block in told["blocks"]} == {None}
+
+
+def test_records_and_a_model_are_enough(layerprobe: Command, tiny_run: Path, tmp_path: Path) -> None:
+    """From a file of records to a proved config, with and without a run folder."""
+    model, source = tmp_path / "transformer" / "config.json", tmp_path / "records.jsonl"
+    model.parent.mkdir()
+    config = {"num_layers": 6, "attention_head_dim": 32, "num_attention_heads": 2, "joint_attention_dim": 32}
+    config |= {"caption_projection_dim": 64, "pooled_projection_dim": 64, "sample_size": 16, "pos_embed_max_size": 16}
+    model.write_text(json.dumps({"_class_name": "SD3Transformer2DModel", **config}))
+    assert layerprobe("export", tiny_run, source).code == 0
+    run = tmp_path / "run"
+    assert layerprobe("import", source, run, "--model", tmp_path).code == 0
+    known = layerprobe_api.load(run).manifest
+    assert (known.family, known.model_class, bool(known.targets)) == ("sd3", "SD3Transformer2DModel", True)
+    configs = []
+    for number, arguments in enumerate(((run,), (source, "--model", model))):
+        shown = layerprobe("lokr", *arguments, "--out", tmp_path / f"{number}.json")
+        assert (shown.code, shown.err) == (0, "")
+        assert "verified: LyCORIS" in shown.out and "settled for these images" in shown.out
+        configs.append((tmp_path / f"{number}.json").read_bytes())
+    assert configs[0] == configs[1]
+    for where in (("--run", run), ("--model", model)):
+        assert layerprobe("check-config", tmp_path / "0.json", *where, "--differences").code == 0
+    assert_one_line(layerprobe("lokr", run, "--model", model), 1, "is a run folder")
+    assert_one_line(layerprobe("lokr", source, "--model", "sd35-medium"), 1, "6 image distances; the model has 24")
+    assert_one_line(layerprobe("import", source, tmp_path / "other", "--model", "sd35-medium"), 1, "the model has 2")
+    assert_one_line(layerprobe("import", source, tmp_path / "other", "--model", "sd99"), 1, "sd99", "sd35-large")
+    assert not (tmp_path / "other").exists()
+
+
+# Wrong usage, and runs that cannot be planned
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "give RUN, or --model"),
+        (("--model", "flux-dev", "--params", "1M", "--env", "x"), "--env takes the options of a probe run"),
+        (("RUN", "--algo", "lora", "--out", "x"), "use --env, not --out"),
+        (("RUN", "--critical", "some"), "--critical: 'some' is not a list of block numbers"),
+        (("RUN", "--freeze", "3-1"), "--freeze: '3-1' is not a list of block numbers"),
+        (("RUN", "--params", "0"), "--params: '0' is neither a number of parameters such as 400M, nor"),
+        (("RUN", "--out", "x", "--env", "x"), "--env: not allowed with argument --out"),
+        (("RUN", "--params", "1M", "--preset", "article"), "--preset: not allowed with argument --params"),
+        (("RUN", "--contrast", "0.5"), "--contrast: '0.5' is not a number from 1 to 30"),
+        (("RUN", "--contrast", "nan"), "--contrast: 'nan'"),
+        (("RUN", "--rank", "0"), "--rank: '0' is not a whole number from 1"),
+    ],
+)
+def test_wrong_usage_is_one_line(
+    layerprobe: Command, tiny_run: Path, tmp_path: Path, arguments: tuple[str, ...], said: str
+) -> None:
+    before = snapshot(tmp_path)
+    result = layerprobe("lokr", *(str(tiny_run) if part == "RUN" else part for part in arguments))
+    assert_one_line(result, 2, said)
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("RUN", "--freeze", "6"), "block 6 does not exist; the blocks are 0 to 5"),
+        (("RUN", "--algo", "loha", "--rank", "4", "--params", "1M"), "a rank is for loha, locon and lora without"),
+        (("--model", "sd35-medium"), "a plan without a run needs a budget"),
+        (("--model", "sd35-medium", "--params", "1M", "--per-stream"), "no contributions are known"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_line(
+    layerprobe: Command, tiny_run: Path, tmp_path: Path, arguments: tuple[str, ...], said: str
+) -> None:
+    before = snapshot(tmp_path)
+    options = (str(tiny_run) if part == "RUN" else part for part in arguments)
+    assert_one_line(layerprobe("lokr", *options, "--out", tmp_path / "out"), 1, said)
+    assert snapshot(tmp_path) == before
+
+
+def test_a_stream_without_finite_samples_is_left_out(layerprobe: Command, tmp_path: Path) -> None:
+    what = manifest({**TINY, "audio": TINY["image"]}, readings=("last",), modules=sd3_modules(6))
+    random = np.random.default_rng(0)
+    distances = {(name, "last"): 0.1 + 0.3 * random.random((200, len(blocks))) for name, blocks in TINY.items()}
+    distances["audio", "last"] = np.full((200, 6), np.nan)
+    run = write_rows(tmp_path / "run", what, rows(random.random(200), distances)).path
+    for options in ((), ("--params", "60k", "--per-stream"), ("--algo", "loha")):
+        shown = layerprobe("lokr", run, *options, "--json")
+        assert shown.code == 0
+        assert "warning: the audio stream has no sample with finite distances; it is left out" in shown.err
+        assert len(json.loads(shown.out)["blocks"]) == 6
+    assert "of 6 factors" in layerprobe("status", run).out
+    image = manifest({"image": TINY["image"]}, readings=("last",), modules=sd3_modules(6))
+    run = write_rows(tmp_path / "none", image, rows([0.5], {("image", "last"): np.full((1, 6), np.nan)})).path
+    assert_one_line(layerprobe("lokr", run), 1, "no stream (image) has a sample with finite distances")
+
+
+# check-config
+
+
+def test_check_config_proves_ours_and_shows_the_leak_of_the_articles_form(
+    layerprobe: Command, tiny_run: Path, tmp_path: Path
+) -> None:
+    good, bad = tmp_path / "good.json", tmp_path / "bad.json"
+    assert layerprobe("lokr", tiny_run, "--out", good).code == 0
+    shown = layerprobe("check-config", good, "--run", tiny_run)
+    assert (shown.code, shown.err) == (0, "")
+    lines = shown.out.splitlines()
+    assert len([line for line in lines if line.startswith("ok     transformer_blocks.")]) == 41
+    assert "0 of 41 modules wrong" in lines[-1]
+    bad.write_text(json.dumps(as_published(json.loads(good.read_text()))))
+    shown = layerprobe("check-config", bad, "--run", tiny_run, "--differences")
+    assert_one_line(shown, 1, "of 41 modules otherwise than meant")
+    lines = shown.out.splitlines()
+    wrong = [line for line in lines if line.startswith("WRONG  transformer_blocks.")]
+    assert wrong and all("meant lokr factor" in line and ", gets lokr" in line for line in wrong)
+    assert not any(line.startswith("ok") for line in lines)
+    assert f"{len(wrong)} of 41 modules wrong" in lines[-1]
+    assert any(line.startswith("note   ") and "target_module" in line for line in lines)
+
+
+def test_a_config_that_is_none_or_of_another_model_is_one_line(
+    layerprobe: Command, tiny_run: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "other.json"
+    path.write_text('{"algo": "lokr"}')
+    assert_one_line(layerprobe("check-config", path, "--run", tiny_run), 1, str(path), "has no multiplier")
+    assert layerprobe("lokr", tiny_run, "--out", path, "--force").code == 0
+    path.write_text(path.read_text().replace("transformer_blocks", "other"))
+    shown = layerprobe("check-config", path, "--run", tiny_run)
+    assert_one_line(shown, 1, "gives no module of this model an adapter")
+    assert "note   nothing in the model matches other.0.ff*" in shown.out

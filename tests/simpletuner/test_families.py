@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,11 +9,13 @@ import pytest
 
 from simpletuner_layerprobe.probe.families import FAMILIES, REFUSED
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 NAMES = sorted({family.name for family in FAMILIES})
+RUNS = {("float32", False), ("bfloat16", False), ("float32", True)}
 # Between their blocks the states change their size.
 WITH_SEAMS = {"deepfloyd", "kolors", "sd1x", "sdxl", "stable_cascade"}
+# Cases in which the noise cannot be checked: the batch does not keep its noise, or has no video.
+UNCHECKED = {("ace_step", "base"), ("ltxvideo2", "dev, audio alone")}
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +27,11 @@ def lines() -> list[dict]:
 
 @pytest.fixture(scope="module")
 def outcomes(lines) -> dict[str, list[dict]]:
-    found: dict[str, list[dict]] = {}
+    families: dict[str, list[dict]] = {}
     for line in lines:
         if "family" in line:
-            found.setdefault(line["family"], []).append(line)
-    return found
+            families.setdefault(line["family"], []).append(line)
+    return families
 
 
 def test_every_family_is_supported_or_refused_with_a_reason(lines):
@@ -45,22 +45,16 @@ def test_every_family_is_supported_or_refused_with_a_reason(lines):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_family_is_exact(outcomes, name):
     runs = outcomes[name]
-    assert {(run["dtype"], run["checkpointing"]) for run in runs} == {
-        ("float32", False),
-        ("bfloat16", False),
-        ("float32", True),
-    }
+    assert {(run["dtype"], run["checkpointing"]) for run in runs} == RUNS
     for run in runs:
-        assert "error" not in run, run["error"]
-        assert run["deviation"], run
-        for reading, deviation in run["deviation"].items():
-            assert deviation <= 2e-6, (reading, run)
-        for reading, deviation in run["extra_deviation"].items():
-            assert deviation <= 2e-6, (reading, run)
+        assert "error" not in run, (run["label"], run["error"])
+        assert run["deviation"] and max(run["deviation"].values()) <= 2e-6, run
+        assert max(run["extra_deviation"].values()) <= 2e-6, run
         assert (run["seams"] > 0) == (name in WITH_SEAMS), run
         assert run["sigma_deviation"] <= 1e-6, run
         # a batch in bfloat16 may hold its sigmas in bfloat16
         assert (run["prescribed_deviation"] or 0) <= (4e-3 if run["dtype"] == "bfloat16" else 1e-6), run
+        assert (run["noise_difference"] is None) == ((name, run["label"]) in UNCHECKED), run
         assert run["adapted"] > 0 and run["wrong"] == 0 and run["unmatched"] == 0, run
 
 
@@ -70,15 +64,8 @@ def test_every_denoiser_of_the_table_was_run(outcomes):
             assert {run["denoiser"] for run in outcomes[family.name]} & set(family.denoisers), family.name
 
 
-def test_the_readmes_table_is_the_tests_own(lines):
+def test_the_page_of_families_is_the_tests_own(lines):
     import families_table
 
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert families_table.table(lines) in readme, "the table is stale: run `make families`"
-
-
-def test_a_line_is_json_in_a_process_of_its_own():
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "run_families.py"), "no-such-family"], capture_output=True, text=True
-    )
-    assert done.returncode != 0 and all(json.loads(line) for line in done.stdout.splitlines())
+    page = families_table.PAGE.read_text(encoding="utf-8")
+    assert families_table.table(lines) in page, "the table is stale: run `make families`"

@@ -1,9 +1,11 @@
 # make setup    .venv with SimpleTuner, this package and the development tools
 # make demo     the whole session on a tiny real pipeline: probe, heatmap, weighted config, follow-up training
+# make check    lint, types and the tests that need no SimpleTuner: about a minute
 # make test     lint, types and all tests
 # make test-oldest   the tests against the real Trainer, on the oldest SimpleTuner supported, in .venv-oldest
-# make families      the README's support table, from the family tests' own results
-# make bench    every benchmark but the GPU's, and docs/benchmarks.md and the README's table from the results
+# make families      docs/families.md, from the family tests' own results
+# make statistics    the large simulations behind docs/confidence.md
+# make bench    every benchmark but the GPU's, and docs/costs.md from the results
 # make faults   1,000 kills of the writer and every other fault, for real; writes docs/reliability.md (mounting needs root)
 # make fuzz     210,000 inputs over every reader; writes docs/reliability.md
 # make lint     ruff and mypy
@@ -17,7 +19,7 @@ STAMP = .venv/layerprobe-setup
 OLDEST = 4.8.0
 export PYTHON
 
-.PHONY: setup demo test test-oldest families bench faults fuzz lint clean
+.PHONY: setup demo check test test-oldest families statistics bench faults fuzz lint clean
 
 setup: $(STAMP)
 
@@ -34,29 +36,36 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+check: lint
+	$(BIN)/pytest -n 2 tests/unit tests/torch
+
+# Two workers: the tests against the real Trainer share one process, so all of them go to one worker.
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadgroup
 
 test-oldest:
 	@sed 's/^simpletuner==.*/simpletuner==$(OLDEST)/' constraints.txt > .venv-oldest.txt
 	@VENV=.venv-oldest CONSTRAINTS=.venv-oldest.txt sh tools/setup.sh
-	.venv-oldest/bin/pytest tests/test_record_seams.py tests/test_real_sd3.py tests/test_real_flux.py tests/test_real_run.py
+	.venv-oldest/bin/pytest tests/unit/test_seams.py tests/simpletuner/test_real_sd3.py tests/simpletuner/test_real_flux.py \
+		tests/simpletuner/test_real_run.py
 
 families: $(STAMP)
 	$(BIN)/python tools/families_table.py
+
+statistics: $(STAMP)
+	$(BIN)/python tests/statistics/study.py
 
 bench: export SIMPLETUNER_LAYERPROBE = 0
 bench: $(STAMP)
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/analysis.py
-	$(BIN)/python benchmarks/overhead.py
-	$(BIN)/python benchmarks/stratified.py
+	$(BIN)/python benchmarks/steps.py
 	$(BIN)/python benchmarks/tables.py
 
 faults: export LAYERPROBE_RECORD_FAULTS = 1
 faults: export LAYERPROBE_KILLS = 1000
 faults: $(STAMP)
-	$(BIN)/pytest tests/test_faults.py tests/test_faults_kills.py tests/test_real_faults.py
+	$(BIN)/pytest tests/robustness tests/simpletuner/test_real_faults.py
 	$(BIN)/python tools/reliability.py
 
 fuzz: $(STAMP)

@@ -3,7 +3,8 @@
     python benchmarks/long_run.py [--steps 100000]
 
 The loop's own step on a small real SD3 transformer: a forward between `arm` and `commit` of the probe's session, which
-flushes, counts and writes shards as in a training. What it was after the first tenth is compared with the end.
+checks the noise, flushes, counts and writes as in a training. What it was after the first tenth is compared with the
+end.
 """
 
 from __future__ import annotations
@@ -24,10 +25,26 @@ from typing import Any
 import torch
 from denoisers import subject
 
-from simpletuner_layerprobe.probe.rows import Facts
-from simpletuner_layerprobe.run.records import open_run
+from simpletuner_layerprobe.run.load import load_run
 from simpletuner_layerprobe.training.options import ProbeSettings
 from simpletuner_layerprobe.training.session import Session
+
+IMAGES = 50
+
+
+def batch_of(step: int) -> dict[str, Any]:
+    """What of SimpleTuner's prepared batch of one image the session looks at."""
+    sigma = torch.rand(1)
+    latents, noise = torch.randn(2, 1, 4, 16, 16).unbind()
+    return {
+        "sigmas": sigma,
+        "latents": latents,
+        "noise": noise,
+        "noisy_latents": (1 - sigma) * latents + sigma * noise,
+        "data_backend_id": "photos",
+        "filepaths": [f"{step % IMAGES}.jpg"],
+        "prompts": ["a photograph"],
+    }
 
 
 def state() -> dict[str, int]:
@@ -43,25 +60,25 @@ def state() -> dict[str, int]:
 
 
 def steps(folder: Path, count: int, flush_seconds: float) -> dict[str, Any]:
-    """Run `count` steps. Returns the `state` after each tenth of them, and the run's samples and shards."""
+    """Run `count` steps. Returns the `state` after each tenth of them, and the run's samples, batches and images."""
     marks = [count * tenth // 10 for tenth in range(1, 11)]
     states = []
     torch.set_num_threads(1)
-    one = subject("sd3-tiny", 1, "cpu", torch.float32)
+    tiny = subject("sd3-tiny", 1, "cpu", torch.float32)
     session = Session(ProbeSettings(directory=str(folder / "run"), flush_seconds=flush_seconds), {})
-    session.family = one.entry
-    facts = Facts([64], [64], [0], ["photos"])
+    session.family = tiny.entry
     log = io.StringIO()
-    with contextlib.redirect_stdout(log), torch.no_grad(), session.recording(one.denoiser, "", {}, {}):
+    with contextlib.redirect_stdout(log), torch.no_grad(), session.recording(tiny.denoiser, "", {}, {}):
         for step in range(1, count + 1):
-            session.arm(one.batch, torch.rand(1), None, facts)
-            with session.forward():
-                loss = one.forward().square().mean()
-            session.commit(loss, text_tokens=5)
+            session.arm()
+            with session.forward(None, tiny.batch | batch_of(step)):
+                loss = tiny.forward().square().mean()
+            session.commit(loss)
             if step in marks:
                 states.append({"step": step} | state() | {"log_bytes": len(log.getvalue())})
-    run = open_run(folder / "run")
-    return {"states": states, "samples": run.sample_count(), "shards": len(run.shards)}
+    run = load_run(folder / "run")
+    batches = sum(file.batches for file in run.files)
+    return {"states": states, "samples": run.samples, "batches": batches, "images": run.images}
 
 
 def main() -> None:
@@ -71,9 +88,8 @@ def main() -> None:
     arguments = parser.parse_args()
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        found = steps(Path(folder), arguments.steps, arguments.flush_seconds)
-    found["seconds"] = round(time.perf_counter() - start, 1)
-    print(json.dumps(found))
+        result = steps(Path(folder), arguments.steps, arguments.flush_seconds)
+    print(json.dumps(result | {"seconds": round(time.perf_counter() - start, 1)}))
 
 
 if __name__ == "__main__":

@@ -18,10 +18,10 @@ from denoisers import Subject
 from measure import CHECKPOINTED, PROBE
 from torch.nn import functional as F
 
-from simpletuner_layerprobe.probe import angles as distance
-from simpletuner_layerprobe.probe.families import Block, find_blocks
+from simpletuner_layerprobe.probe import angles
+from simpletuner_layerprobe.probe.blocks import Block, find_blocks
 from simpletuner_layerprobe.probe.observer import Observer
-from simpletuner_layerprobe.probe.rows import Facts, RowBuffer
+from simpletuner_layerprobe.probe.rows import RowBuffer
 from simpletuner_layerprobe.readings import TOKENS, parse_reading
 
 Step = Callable[[], object]
@@ -52,7 +52,7 @@ class Probe:
             }
         )
         count = subject.count
-        self.facts = Facts([1024] * count, [1024] * count, [0] * count, ["images"] * count)
+        self.facts = {"width": [1024] * count, "height": [1024] * count, "backend": ["images"] * count}
         device = subject.batch["latents"].device
         self.sigma_B = torch.full((count,), 0.5, device=device)
         self.tokens_B = torch.full((count,), 77, device=device)
@@ -65,7 +65,7 @@ class Probe:
             self.observer.begin(subject.batch)
             subject.forward()
             found = self.observer.finish()
-            self.buffer.append(found, self.sigma_B, self.tokens_B, self.loss, self.facts, subject.count)
+            self.buffer.append(found, self.sigma_B, self.loss, self.tokens_B, self.facts, subject.count)
 
         with self.observer:
             yield step
@@ -77,13 +77,13 @@ def without_kernel(way: Way) -> Way:
 
     @contextmanager
     def plain(subject: Subject) -> Iterator[Step]:
-        kept = distance.fused_angles
-        distance.fused_angles = lambda *_: None
+        kept = angles.device_kernel
+        angles.device_kernel = lambda *_: None
         try:
             with way(subject) as step:
                 yield step
         finally:
-            distance.fused_angles = kept
+            angles.device_kernel = kept
 
     return plain
 

@@ -20,11 +20,17 @@ for folder in (TESTS, *(TESTS / name for name in ("unit", "torch", "simpletuner"
     sys.path.insert(0, str(folder))
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several workers (make test) the tests that share one SimpleTuner process go to one of them."""
+    """With several workers (make test), what shares a costly set-up goes to one of them.
+
+    The tests that ask for the real SimpleTuner share its process; the others beside them share what their module makes.
+    """
     for item in items:
         if "simpletuner" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.xdist_group("simpletuner"))
+        elif item.path.parent.name == "simpletuner":
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 @pytest.fixture(scope="session")

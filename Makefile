@@ -37,11 +37,11 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 check: lint
-	$(BIN)/pytest -n 2 tests/unit tests/torch
+	$(BIN)/pytest -n 2 --dist loadfile tests/unit tests/torch
 
-# Two workers: the tests against the real Trainer share one process, so all of them go to one worker.
+# Two workers, a file to one of them: what its tests share is made once.
 test: lint
-	$(BIN)/pytest -n 2 --dist loadgroup
+	$(BIN)/pytest -n 2 --dist loadfile
 
 test-oldest:
 	@sed 's/^simpletuner==.*/simpletuner==$(OLDEST)/' constraints.txt > .venv-oldest.txt

@@ -20,19 +20,6 @@ for folder in (TESTS, *(TESTS / name for name in ("unit", "torch", "simpletuner"
     sys.path.insert(0, str(folder))
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several workers (make test), what shares a costly set-up goes to one of them.
-
-    The tests that ask for the real SimpleTuner share its process; the others beside them share what their module makes.
-    """
-    for item in items:
-        if "simpletuner" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("simpletuner"))
-        elif item.path.parent.name == "simpletuner":
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
-
-
 @pytest.fixture(scope="session")
 def simpletuner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
     """The real SimpleTuner, imported once for all tests that ask for it."""

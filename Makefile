@@ -1,6 +1,6 @@
 # make setup    .venv with SimpleTuner, this package and the development tools
 # make demo     the whole session on a tiny real pipeline: probe, heatmap, weighted config, follow-up training
-# make check    lint, types and the tests that need no SimpleTuner: about a minute
+# make check    lint, types and the fast tests, without torch: about a minute
 # make test     lint, types and all tests
 # make test-oldest   the tests against the real Trainer, on the oldest SimpleTuner supported, in .venv-oldest
 # make families      docs/families.md, from the family tests' own results
@@ -37,7 +37,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 check: lint
-	$(BIN)/pytest -n 2 --dist loadfile tests/unit tests/torch
+	$(BIN)/pytest -n 2 --dist loadfile tests/unit --ignore tests/unit/test_cli_imports.py
 
 # Two workers, a file to one of them: what its tests share is made once.
 test: lint

@@ -7,8 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 
@@ -40,6 +38,5 @@ def test_analysis_agrees_with_the_notebook(tmp_path: Path) -> None:
 
 
 def test_the_page_is_made_from_the_results(tmp_path: Path) -> None:
-    pytest.importorskip("torch")
     run("tables.py", "--out", tmp_path / "costs.md")
     assert (tmp_path / "costs.md").read_text() == (ROOT / "docs" / "costs.md").read_text()

@@ -9,6 +9,8 @@ write_rows(folder, manifest, rows, files=1) -> RunData     the rows split over s
 write_run(folder, blocks, samples, seed=0, files=3, readings=..., peaks=(), sigmas=None, images=0, facts={},
           **fields) -> RunData     a wavy level per block; `images`: so many different images, 0: unknown
 write_extra_run(folder, blocks, samples, pairs=4, seam=None) -> RunData     all further readings
+write_ablated_run(folder, blocks, samples, needed, images=20, ablated=..., text_share=..., spread=...) -> RunData
+          with ablation of every third sample; `needed`: the loss increase of every block
 records(run, tokens) -> list of dicts     the run as the article's records
 sd3_modules(blocks, width=64) -> tuple of Module
 SD35_LARGE, FLUX_DEV: {stream: block paths}
@@ -23,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simpletuner_layerprobe.readings import UPDATE_COSINE, extra_readings, parse_reading
+from simpletuner_layerprobe.readings import UPDATE_COSINE, ablation_readings, extra_readings, parse_reading
 from simpletuner_layerprobe.run.load import RunData, load_run
 from simpletuner_layerprobe.run.manifest import SCHEMA, Manifest, Module, Stream, Target, create_run, new_run_id
 from simpletuner_layerprobe.run.records import RecordWriter, read_columns
@@ -170,6 +172,49 @@ def write_extra_run(
             value_NC[:, max(0, seam - reading.span + 1) : seam] = np.nan
         values[stream, name] = value_NC
     return write_rows(folder, what, rows(sigma_N, values))
+
+
+def write_ablated_run(
+    folder: Path,
+    blocks: Mapping[str, tuple[str, ...]],
+    samples: int,
+    needed: Sequence[float],
+    *,
+    images: int = 20,
+    ablated: slice = slice(None, None, 3),
+    text_share: float = 0.3,
+    spread: float = 0.3,
+    angles: Sequence[float] | None = None,
+    seed: int = 2,
+    **fields: Any,
+) -> RunData:
+    """A run with whole blocks and text updates left out in the samples `ablated`.
+
+    needed: the mean loss increase of every block of the run, over uniform sigma, growing with it. An image is harder or
+    easier in all its samples, and each loss increase has noise of its own, both of relative size `spread`. angles: the
+    mean angle of every block, as `needed` if not given.
+    """
+    random = np.random.default_rng(seed)
+    readings = ("last", "mean", *ablation_readings(blocks=True, text="text" in blocks))
+    what = manifest(blocks, readings=readings, **fields)
+    sigma_N = random.random(samples)
+    image_N = np.arange(samples) % images + 1
+    of_block = dict(zip(what.blocks, np.asarray(needed, float), strict=True))
+    angle = dict(zip(what.blocks, np.asarray(needed if angles is None else angles, float), strict=True))
+    harder_N = 1 + spread * random.standard_normal(images)[image_N - 1]
+    values = {}
+    for (stream, name), columns in what.columns().items():
+        reading = parse_reading(name)
+        level_C = np.array([(of_block if reading.ablation else angle)[first] for first, _ in columns])
+        noise_NC = 1 + spread * random.standard_normal((samples, len(columns)))
+        value_NC = level_C * (0.5 + sigma_N[:, None]) * harder_N[:, None] * noise_NC
+        if reading.ablation:
+            value_NC *= text_share if reading.stream == "text" else 1
+            kept_NC = value_NC[ablated].copy()
+            value_NC[:] = np.nan
+            value_NC[ablated] = kept_NC
+        values[stream, name] = (value_NC if reading.ablation else np.clip(value_NC, 0, 1)).astype(np.float32)
+    return write_rows(folder, what, rows(sigma_N, values, {"image": image_N, "repeat": np.arange(samples) // images}))
 
 
 def records(run: RunData, tokens: str) -> list[dict[str, Any]]:

@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simpletuner_layerprobe.analyse.chances import Z95, student95
-from simpletuner_layerprobe.analyse.heatmap import all_blocks
 from simpletuner_layerprobe.analyse.samples import Samples
 from simpletuner_layerprobe.analyse.units import unit_means
 from simpletuner_layerprobe.errors import ProbeError
+from simpletuner_layerprobe.readings import all_blocks
 
 MIN_SAMPLES = 10
 """Samples that every bin must have before anything can count as settled: fewer say too little of their spread."""

@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 
 from simpletuner_layerprobe.analyse.bootstrap import Bootstrap
 from simpletuner_layerprobe.analyse.chances import above, holm, pooled_freedom, scores, student95
-from simpletuner_layerprobe.analyse.heatmap import all_blocks
 from simpletuner_layerprobe.analyse.samples import Samples
 from simpletuner_layerprobe.analyse.sections import plain
 from simpletuner_layerprobe.analyse.settled import Confidence, Decide, confidence
 from simpletuner_layerprobe.analyse.shapes import ranges
 from simpletuner_layerprobe.analyse.units import UnitMeans, unit_means
 from simpletuner_layerprobe.errors import ProbeError
+from simpletuner_layerprobe.readings import all_blocks
 
 ALPHA = 0.05
 """The chance that a comparison of two runs of the same truth shows any change at all."""

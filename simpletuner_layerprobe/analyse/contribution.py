@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from simpletuner_layerprobe.analyse.heatmap import Heatmap, all_blocks, columns, common_blocks
+from simpletuner_layerprobe.analyse.heatmap import Heatmap, columns, common_blocks
 from simpletuner_layerprobe.errors import ProbeError
+from simpletuner_layerprobe.readings import all_blocks
 
 TUKEY_FAR_OUT = 3.0
 """Tukey's "far out" fence lies this many interquartile ranges above the third quartile."""

@@ -119,22 +119,6 @@ def pair_heatmaps(spans: Sequence[Samples], bins: int = 10) -> dict[str, PairHea
     }
 
 
-def all_blocks(streams: Sequence[Sequence[str]]) -> tuple[str, ...]:
-    """Every block of the streams once: the first stream's in order, then what only later streams have.
-
-    A block that only a later stream has stands right after the block before it in its own stream (at the
-    front if there is none), so that the list keeps the model's order. Block numbers are positions in it.
-    """
-    merged = list(streams[0])
-    for stream in streams[1:]:
-        position = 0
-        for block in stream:
-            if block not in merged:
-                merged.insert(position, block)
-            position = merged.index(block) + 1
-    return tuple(merged)
-
-
 def common_blocks(streams: Sequence[Sequence[str]]) -> tuple[str, ...]:
     """The blocks that every stream has, in the first stream's order. Raises ProbeError if there is none."""
     common = tuple(block for block in streams[0] if all(block in other for other in streams[1:]))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from simpletuner_layerprobe.analyse.conditions import ASPECT, BACKEND, CAPTION, CONDITIONS, DROPPED, SIZE
-from simpletuner_layerprobe.analyse.heatmap import all_blocks
+from simpletuner_layerprobe.readings import all_blocks
 
 ALPHA = 0.05
 """The chance that a run in which there is nothing to find shows anything, islands aside."""

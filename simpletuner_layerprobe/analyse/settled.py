@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from simpletuner_layerprobe.analyse.bootstrap import MIN_SAMPLES, MIN_UNITS, Bootstrap
 from simpletuner_layerprobe.analyse.contribution import article_values, far_out
-from simpletuner_layerprobe.analyse.heatmap import all_blocks
 from simpletuner_layerprobe.analyse.units import IMAGE
+from simpletuner_layerprobe.readings import all_blocks
 
 INTERVAL = 0.95
 """The part of the replicates that an interval holds."""

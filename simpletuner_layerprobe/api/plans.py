@@ -69,7 +69,7 @@ def alike(model: Architecture) -> Contribution:
     import numpy as np
 
     from simpletuner_layerprobe.analyse.contribution import Contribution
-    from simpletuner_layerprobe.analyse.heatmap import all_blocks
+    from simpletuner_layerprobe.readings import all_blocks
 
     blocks = all_blocks([stream.blocks for stream in model.streams])
     return Contribution(blocks, np.ones(len(blocks)), np.ones(len(blocks), dtype=np.bool_), {})

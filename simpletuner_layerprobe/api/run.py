@@ -13,6 +13,8 @@ from simpletuner_layerprobe.api.options import PlanOptions, asked_of
 from simpletuner_layerprobe.errors import ConfigError, ProbeError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import numpy as np
     import pandas
     from numpy.typing import NDArray
@@ -121,9 +123,7 @@ class Run:
     @property
     def blocks(self) -> tuple[str, ...]:
         """All blocks that any stream has, in the model's order; block numbers count them from 0."""
-        from simpletuner_layerprobe.analyse.heatmap import all_blocks
-
-        return all_blocks(list(self.streams.values()))
+        return self.manifest.blocks
 
     @property
     def readings(self) -> tuple[str, ...]:
@@ -153,16 +153,38 @@ class Run:
 
         name = reading or self.reading
         if name not in self._samples:
+            blocks = self._blocks_with(name)
+            distances = {stream: self._columns(stream, name) for stream in blocks}
+            taken_N = self._taken(name, distances)
             self._samples[name] = Samples(
-                self.sigma,
-                self.facts["image"],
-                self.streams,
-                {stream: self._columns(stream, name) for stream in self.streams},
+                self.sigma[taken_N],
+                self.facts["image"][taken_N],
+                blocks,
+                {stream: distance_NC[taken_N] for stream, distance_NC in distances.items()},
                 reading=name,
-                facts=self.facts,
+                facts={fact: value_N[taken_N] for fact, value_N in self.facts.items()},
                 stratified=self.manifest.settings.get("sigmas") == "stratified",
             )
         return self._samples[name]
+
+    def _blocks_with(self, reading: str) -> dict[str, tuple[str, ...]]:
+        """Stream -> its blocks, for the streams that may have this reading: all, or the only one."""
+        from simpletuner_layerprobe.readings import WHOLE, parse_reading
+
+        only = parse_reading(reading).stream if reading in self.readings else ""
+        return {only: self.blocks if only == WHOLE else self.streams[only]} if only else self.streams
+
+    def _taken(self, reading: str, distances: Mapping[str, NDArray[Any]]) -> NDArray[np.bool_] | slice:
+        """The samples that a reading was taken of: all, but for an ablation."""
+        import numpy as np
+
+        from simpletuner_layerprobe.readings import parse_reading
+
+        if reading not in self.readings or not parse_reading(reading).ablation:
+            return slice(None)
+        (distance_NC,) = distances.values()
+        taken_N: NDArray[np.bool_] = ~np.isnan(distance_NC).all(axis=1)
+        return taken_N
 
     def _columns(self, stream: str, reading: str) -> NDArray[Any]:
         """`distances`, (N, 0) of a reading over more blocks than this stream has."""

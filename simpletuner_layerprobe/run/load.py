@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simpletuner_layerprobe.errors import RunError
+from simpletuner_layerprobe.readings import WHOLE
 from simpletuner_layerprobe.run.article_lines import article_manifest, read_records
 from simpletuner_layerprobe.run.folder import RunPath
 from simpletuner_layerprobe.run.manifest import Manifest, read_manifest
@@ -78,10 +79,11 @@ class RunData:
     def distances(self, stream: str, reading: str = "last") -> NDArray[Any]:
         """(N, C) of one stream in one reading, float32, or float64 where an import needed it to keep its numbers.
 
-        Read at the first call, for all streams at once, and kept. NaN and infinity are what the model gave.
+        Read at the first call, for all streams at once, and kept. NaN and infinity are what the model gave. An ablation
+        of whole blocks is under the stream name "block", and has NaN where a sample was taken without it.
         Raises RunError for a stream or a reading that the run does not have, and for damaged files.
         """
-        key = (self.manifest.stream(stream).name, reading)
+        key = (stream if stream == WHOLE else self.manifest.stream(stream).name, reading)
         if key not in self.manifest.columns():
             raise RunError(
                 f"{self.path} has no reading {reading!r:.80} of {stream}; it has: {', '.join(self.readings)}"

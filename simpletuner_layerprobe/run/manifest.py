@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from simpletuner_layerprobe.errors import ProbeError, RunError
-from simpletuner_layerprobe.readings import TOKENS, parse_reading
+from simpletuner_layerprobe.readings import TOKENS, WHOLE, all_blocks, parse_reading
 from simpletuner_layerprobe.run.checks import (
     bad,
     check_mapping,
@@ -134,17 +134,25 @@ class Manifest:
         known = ", ".join(stream.name for stream in self.streams)
         raise RunError(f"the run has no stream {name!r}; it has: {known}")
 
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """All blocks that any stream has, in the model's order."""
+        ordered = sorted(self.streams, key=lambda stream: stream.name != "image")
+        return all_blocks([stream.blocks for stream in ordered])
+
     def columns(self) -> dict[tuple[str, str], tuple[tuple[str, str], ...]]:
         """(stream, reading) -> the (first block, last block) of each of its columns, the image stream first.
 
-        A reading over more blocks in a row than a stream has is none of it.
+        A reading over more blocks in a row than a stream has is none of it. What whole blocks have is under WHOLE, in
+        the order of `blocks`.
         """
         ordered = sorted(self.streams, key=lambda stream: (stream.name != "image", stream.name))
+        having = [(stream.name, stream.blocks) for stream in ordered] + [(WHOLE, self.blocks)]
         return {
-            (stream.name, reading.name): reading.columns(stream.blocks)
-            for stream in ordered
+            (name, reading.name): reading.columns(blocks)
+            for name, blocks in having
             for reading in map(parse_reading, self.readings)
-            if reading.span <= len(stream.blocks)
+            if reading.span <= len(blocks) and (reading.stream or name) == name and (name != WHOLE or reading.stream)
         }
 
     def to_json(self) -> dict[str, Any]:
@@ -200,6 +208,8 @@ class Manifest:
         for stream in self.streams:
             if not isinstance(stream.name, str) or not _PLAIN_NAME.fullmatch(stream.name):
                 raise bad("streams", stream.name, "letters, digits and underscores, at most 64")
+            if stream.name == WHOLE:
+                raise bad("streams", stream.name, f"another name than {WHOLE!r}, which stands for whole blocks")
             check_paths(stream.blocks, f"streams.{stream.name}", 1, MAX_BLOCKS)
         check_unique(tuple(stream.name for stream in self.streams), "streams")
 
@@ -207,13 +217,16 @@ class Manifest:
         """Different names of readings, at least one of TOKENS among them, none over more blocks than there are."""
         check_tuple(self.readings, str, "readings", 1, MAX_READINGS)
         blocks = max(len(stream.blocks) for stream in self.streams)
+        having = {"", WHOLE, *(stream.name for stream in self.streams)}
         for name in self.readings:
             try:
-                span = parse_reading(name).span
+                reading = parse_reading(name)
             except ProbeError:
                 raise bad("readings", name, "the name of a reading") from None
-            if span > blocks:
+            if reading.span > blocks:
                 raise bad("readings", name, f"a span of at most the {blocks} blocks of a stream")
+            if reading.stream not in having:
+                raise bad("readings", name, f"a reading of the streams {', '.join(sorted(having - {'', WHOLE}))}")
         check_unique(self.readings, "readings")
         if not set(TOKENS) & set(self.readings):
             raise bad("readings", self.readings, " or ".join(TOKENS) + " among them")

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from simpletuner_layerprobe.analyse.heatmap import Heatmap, PairHeatmap, all_blocks, bin_edges
+from simpletuner_layerprobe.analyse.heatmap import Heatmap, PairHeatmap, bin_edges
 from simpletuner_layerprobe.analyse.shapes import ranges
-from simpletuner_layerprobe.readings import ANGLE, UPDATE_COSINE, UPDATE_NORM, parse_reading
+from simpletuner_layerprobe.readings import ANGLE, UPDATE_COSINE, UPDATE_NORM, all_blocks, parse_reading
 from simpletuner_layerprobe.show import panels
 
 if TYPE_CHECKING:

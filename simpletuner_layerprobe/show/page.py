@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from simpletuner_layerprobe.analyse.findings import ALPHA, TITLES, Finding, Section, numbered, words
-from simpletuner_layerprobe.analyse.heatmap import Heatmap, all_blocks, bin_edges, bin_index, combined
+from simpletuner_layerprobe.analyse.heatmap import Heatmap, bin_edges, bin_index, combined
 from simpletuner_layerprobe.errors import ProbeError
+from simpletuner_layerprobe.readings import all_blocks
 from simpletuner_layerprobe.show.blocks import BlockRow
 from simpletuner_layerprobe.show.findings import by_kind, detail
 from simpletuner_layerprobe.show.html import (

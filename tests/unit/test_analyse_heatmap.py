@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from simpletuner_layerprobe.analyse.heatmap import (
     Heatmap,
-    all_blocks,
     bin_edges,
     bin_index,
     columns,
@@ -22,7 +21,7 @@ from simpletuner_layerprobe.analyse.heatmap import (
 )
 from simpletuner_layerprobe.analyse.samples import Samples
 from simpletuner_layerprobe.errors import ProbeError
-from simpletuner_layerprobe.readings import parse_reading
+from simpletuner_layerprobe.readings import all_blocks, parse_reading
 
 IMAGE, TEXT = tuple(f"transformer_blocks.{i}" for i in range(38)), tuple(f"transformer_blocks.{i}" for i in range(37))
 SD35_LARGE = {"image": IMAGE, "text": TEXT}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from command_line import TINY
 from failing import fails
-from synthetic_run import FLUX_DEV, manifest, rows, sd3_modules, write_rows, write_run
+from synthetic_run import FLUX_DEV, manifest, rows, sd3_modules, write_ablated_run, write_rows, write_run
 
 import simpletuner_layerprobe as layerprobe
 from simpletuner_layerprobe import Run
@@ -113,3 +113,13 @@ def test_a_stream_shorter_than_a_span_has_no_columns_of_it(tmp_path: Path) -> No
     run = layerprobe.load(write_rows(tmp_path / "run", what, rows(np.linspace(0, 1, 9), distances)).path)
     assert run.samples_in("pair2_last").distances["text"].shape == (9, 0)
     assert run.pair_heatmaps()["image"].values_PL[1, :2] == pytest.approx([0.15, 0.15])
+
+
+def test_an_ablation_is_looked_at_in_the_samples_that_have_it(tmp_path):
+    run = Run(write_ablated_run(tmp_path / "run", {"text": ("b.0",), "image": ("b.0", "c.0")}, 300, (0.5, 0.1)))
+    samples = run.samples_in("ablation")
+    assert (samples.samples, samples.blocks) == (100, {"block": ("b.0", "c.0")})
+    heatmap = run.heatmaps("ablation")["block"]
+    assert heatmap.blocks == run.blocks and heatmap.counts_T.sum() == 100
+    assert run.samples_in("mean").samples == 300
+    assert list(run.heatmaps("ablation_text")) == ["text"]

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from failing import fails
 
-from simpletuner_layerprobe.readings import Reading, extra_readings, parse_reading
+from simpletuner_layerprobe.readings import Reading, ablation_readings, extra_readings, parse_reading
 
 
 def test_names_and_what_they_mean():
@@ -45,3 +45,16 @@ def test_columns_are_named_by_their_first_and_last_block():
     assert parse_reading("pair2_last").columns(blocks) == (("a", "b"), ("b", "c"))
     assert parse_reading("pair3_last").columns(blocks) == (("a", "c"),)
     assert parse_reading("pair4_last").columns(blocks) == ()
+
+
+def test_what_leaving_blocks_out_is_called():
+    assert ablation_readings(blocks=False, text=False) == ()
+    assert ablation_readings(blocks=True, text=True) == (
+        "ablation",
+        "ablation_change",
+        "ablation_text",
+        "ablation_text_change",
+    )
+    assert parse_reading("ablation") == Reading("ablation", "ablation", "", stream="block")
+    assert parse_reading("ablation_text_change") == Reading("ablation_text_change", "ablation_change", "", 1, "text")
+    assert parse_reading("ablation").ablation and not parse_reading("mean").ablation

@@ -12,7 +12,16 @@ import numpy as np
 import pandas as pd
 import pytest
 from failing import fails
-from synthetic_run import FLUX_DEV, SD35_LARGE, manifest, rows, write_extra_run, write_rows, write_run
+from synthetic_run import (
+    FLUX_DEV,
+    SD35_LARGE,
+    manifest,
+    rows,
+    write_ablated_run,
+    write_extra_run,
+    write_rows,
+    write_run,
+)
 
 from simpletuner_layerprobe.run.load import RunData, load_run
 from simpletuner_layerprobe.run.manifest import create_run
@@ -57,6 +66,18 @@ def test_what_a_run_gives(run: RunData) -> None:
         run.distances("audio")
     with fails("has no reading 'mean' of text; it has: last"):
         run.distances("text", "mean")
+
+
+def test_an_ablation_is_of_whole_blocks_or_of_the_text(tmp_path: Path) -> None:
+    run = write_ablated_run(tmp_path / "run", BLOCKS, 12, (0.5, 0.1))
+    assert run.distances("block", "ablation").shape == (12, 2)
+    assert run.distances("text", "ablation_text_change").shape == (12, 1)
+    assert np.isnan(run.distances("block", "ablation")).all(axis=1).tolist() == [False, True, True] * 4
+    assert "block.ablation.c.0" in run.to_pandas()
+    with fails("has no reading 'ablation' of image"):
+        run.distances("image", "ablation")
+    with fails("has no reading 'mean' of block"):
+        run.distances("block", "mean")
 
 
 def test_images_are_counted_where_all_are_known(tmp_path: Path) -> None:

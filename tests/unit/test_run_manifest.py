@@ -252,6 +252,22 @@ def test_columns_come_image_first_and_without_pairs_that_are_too_long() -> None:
     assert what.columns()["image", "pair2_last"] == (("transformer_blocks.0", "transformer_blocks.1"),)
 
 
+def test_ablations_have_the_columns_of_whole_blocks_or_of_the_text() -> None:
+    streams = (Stream("text", ("t.0", "j.0")), Stream("image", ("j.0", "i.0")))
+    what = replace(BASE, streams=streams, readings=("mean", "ablation_text", "ablation"))
+    assert what.blocks == ("t.0", "j.0", "i.0")
+    assert what.columns() == {
+        ("image", "mean"): (("j.0", "j.0"), ("i.0", "i.0")),
+        ("text", "mean"): (("t.0", "t.0"), ("j.0", "j.0")),
+        ("text", "ablation_text"): (("t.0", "t.0"), ("j.0", "j.0")),
+        ("block", "ablation"): (("t.0", "t.0"), ("j.0", "j.0"), ("i.0", "i.0")),
+    }
+    with fails("the manifest's readings is 'ablation_text'; expected a reading of the streams image"):
+        replace(BASE, streams=BASE.streams[:1], readings=("mean", "ablation_text"))
+    with fails("another name than 'block', which stands for whole blocks"):
+        replace(BASE, streams=(Stream("block", ("b.0",)),))
+
+
 # The run folder
 
 

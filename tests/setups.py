@@ -31,6 +31,44 @@ def skipped_block() -> None:
     SD3Transformer2DModel.forward = skipping
 
 
+def compared_with_plain() -> None:
+    """Before each step with blocks left out, the same step without: all that both have must be equal, bit for bit."""
+    import torch
+
+    from simpletuner_layerprobe.training.ablation import StepAblation
+
+    run = StepAblation.run
+
+    def compared(self: Any, model: Any, batch: Any, predict: Any, seen: Any) -> Any:
+        draws, copy = torch.get_rng_state(), dict(batch)
+        plain = predict(copy)["model_prediction"]
+        expected, drawn = self._observer.distances(), torch.get_rng_state()
+        torch.set_rng_state(draws)
+        output, values = run(self, model, batch, predict, seen)
+        assert torch.equal(output["model_prediction"], plain) and torch.equal(torch.get_rng_state(), drawn)
+        assert batch.keys() == copy.keys()
+        assert all(torch.equal(value, values[key]) for key, value in expected.items())
+        print("equal to the plain step", flush=True)
+        return output, values
+
+    StepAblation.run = compared
+
+
+def slow_forwards() -> None:
+    """Forwards that take a while, so that a step with blocks left out is rarely over when the process is killed."""
+    import time
+
+    from simpletuner.helpers.models.sd3.model import SD3
+
+    predict = SD3.model_predict
+
+    def slow(self: Any, prepared_batch: Any) -> Any:
+        time.sleep(0.03)
+        return predict(self, prepared_batch)
+
+    SD3.model_predict = slow
+
+
 def webui_job() -> None:
     """What the WebUI does with a job: the options as a mapping, no train.py."""
     import json

@@ -130,7 +130,9 @@ def compare(
     require_same_blocks(a, b)
     streams = _streams(a, b, bins)
     factors, missing = None, "nothing was asked to be decided"
-    if decide_of is not None:
+    if a.kind.ablation:
+        missing = "what is compared is an ablation, not the angles that factors are made from"
+    elif decide_of is not None:
         try:
             factors, missing = _factors(Bootstrap.of(a, bins), Bootstrap.of(b, bins), decide_of, streams), ""
         except ProbeError as error:

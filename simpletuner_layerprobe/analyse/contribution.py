@@ -1,6 +1,9 @@
 """Contributions: one number per block, 1 for the block that changes the hidden states most.
 
-Shape letters: T bins, L blocks.
+By ablation: 1 for the block that the loss needs most. Leaving out a block that hardly matters can lower the loss of the
+samples at hand: a mean of a cell below 0 counts as 0, here and in the replicates, and for critical blocks.
+
+Shape letters: T bins, L blocks, R sets of heatmaps.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simpletuner_layerprobe.analyse.heatmap import Heatmap, columns, common_blocks
-from simpletuner_layerprobe.errors import ProbeError
+from simpletuner_layerprobe.errors import ConfigError, ProbeError
 from simpletuner_layerprobe.readings import all_blocks
 
 TUKEY_FAR_OUT = 3.0
@@ -39,6 +42,22 @@ class Contribution:
         """The numbers of the blocks that are critical in any stream, ascending."""
         return tuple(sorted({number for numbers in self.critical.values() for number in numbers}))
 
+    def least(self, count: int) -> tuple[int, ...]:
+        """The numbers of the `count` blocks that contribute least, ascending; of equal ones those with lower numbers.
+
+        Raises ConfigError for a count below 1, and for more blocks than there are.
+        """
+        if not 1 <= count <= len(self.blocks):
+            raise ConfigError(
+                f"the {count} blocks that contribute least are asked for; there are {len(self.blocks)} blocks"
+            )
+        return least_blocks(self.value_L, count)
+
+
+def least_blocks(value_L: NDArray[np.float64], count: int) -> tuple[int, ...]:
+    """The numbers of the `count` smallest, ascending; of equal ones the lower numbers."""
+    return tuple(sorted(np.argsort(value_L, kind="stable")[:count].tolist()))
+
 
 def article_contributions(
     streams: Mapping[str, Heatmap],
@@ -49,7 +68,7 @@ def article_contributions(
 ) -> Contribution:
     """The article's contributions: clip, weight, combine, average over the bins, min-max normalise.
 
-    Each heatmap is clipped at its own percentile (numpy's linear one, over all of its cells, those without
+    Each heatmap is clipped at 0 and at its own percentile (numpy's linear one, over all of its cells, those without
     samples included), multiplied by its stream's weight, added up, divided by the number of streams and
     averaged over the bins; the smallest block becomes 0 and the largest 1.
 
@@ -161,7 +180,7 @@ def article_averages(
 ) -> NDArray[np.float64]:
     """The article's combination of each of R sets of heatmaps, before the min-max normalisation.
 
-    mean_RTL: stream -> (R, T, L) means, clipped each at its own percentile. blocks: stream -> its L blocks.
+    mean_RTL: stream -> (R, T, L) means, each clipped at 0, then at its own percentile. blocks: stream -> its L blocks.
     Returns (R, C) float64 for the C blocks that every stream has (`common_blocks`).
     """
     covered = common_blocks(list(blocks.values()))
@@ -169,6 +188,7 @@ def article_averages(
     total_RTC = np.zeros((R, T, len(covered)))
     for stream, values_RTL in mean_RTL.items():
         weight = 1.0 if len(mean_RTL) == 1 else text_weight if stream == "text" else image_weight
+        values_RTL = np.maximum(values_RTL, 0)
         limit_R = np.percentile(values_RTL.reshape(R, -1), clip_percentile, axis=1)
         values_RTC = columns(values_RTL, blocks[stream], covered)
         total_RTC += np.minimum(values_RTC, limit_R[:, None, None]) * weight
@@ -179,21 +199,23 @@ def article_averages(
 def critical_blocks(streams: Mapping[str, Heatmap]) -> dict[str, tuple[int, ...]]:
     """The blocks whose changes are so large that they hide the rest: `--critical auto`.
 
-    Per stream, on the unclipped mean over the bins that have samples: the blocks above Tukey's far-out
-    fence, Q3 + 3 * (Q3 - Q1) over the blocks of the stream. The numbers are positions in the list of all
-    blocks, which is the image stream's own list on SD3 and Flux.
+    Per stream, on the bins that have samples: the blocks that are `far_out`. The numbers are positions in the list of
+    all blocks, which is the image stream's own list on SD3 and Flux.
     """
     blocks = all_blocks([heatmap.blocks for heatmap in streams.values()])
     critical = {}
     for name, heatmap in streams.items():
-        filled_TL = heatmap.values_TL[heatmap.counts_T > 0]
-        average_L = filled_TL.mean(axis=0) if len(filled_TL) else np.zeros(len(heatmap.blocks))
-        critical[name] = tuple(blocks.index(heatmap.blocks[i]) for i in np.flatnonzero(far_out(average_L)))
+        outside_L = far_out(heatmap.values_TL[None], heatmap.counts_T > 0)[0]
+        critical[name] = tuple(blocks.index(heatmap.blocks[i]) for i in np.flatnonzero(outside_L))
     return critical
 
 
-def far_out(average_RL: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Which numbers of the last axis lie above its far-out fence, Q3 + 3 * (Q3 - Q1). The same shape, bool."""
+def far_out(mean_RTL: NDArray[np.float64], filled_T: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """(R, L) which blocks lie above Tukey's far-out fence over the blocks, Q3 + 3 * (Q3 - Q1).
+
+    It goes by the mean over the bins that are filled, clipped at 0 but at no percentile; without any, none does.
+    """
+    average_RL = np.maximum(mean_RTL, 0)[:, filled_T].sum(axis=1) / max(int(filled_T.sum()), 1)
     first_R, third_R = np.percentile(average_RL, [25, 75], axis=-1, keepdims=True)
     outside_RL: NDArray[np.bool_] = average_RL > third_R + TUKEY_FAR_OUT * (third_R - first_R)
     return outside_RL

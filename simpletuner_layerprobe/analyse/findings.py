@@ -38,9 +38,11 @@ CONDITION_FLOOR = 0.05
 def findings(samples: Samples, bins: int = 10) -> tuple[Section, ...]:
     """All sections, kind by kind and stream by stream, in the order of KINDS.
 
-    Raises ProbeError without samples or finite distances, and for a reading that may lack numbers.
+    Of an ablation, whose numbers may be below 0, no conditions. Raises ProbeError without samples or finite distances,
+    and for a reading that may lack numbers.
     """
-    return (*shape_sections(Bootstrap.of(samples, bins), samples.blocks), *_condition_sections(samples, bins))
+    shapes = tuple(shape_sections(Bootstrap.of(samples, bins), samples.blocks))
+    return shapes if samples.kind.ablation else (*shapes, *_condition_sections(samples, bins))
 
 
 def _condition_sections(samples: Samples, bins: int) -> Iterator[Section]:

@@ -14,10 +14,12 @@ from simpletuner_layerprobe.readings import all_blocks
 
 ALPHA = 0.05
 """The chance that a run in which there is nothing to find shows anything, islands aside."""
-SHAPES = ("critical", "gradients", "two-ended", "least")
+SHAPES = ("critical", "gradients", "two-ended", "least", "needed", "hardly")
 KINDS = ("critical", "islands", "gradients", "two-ended", "least", *CONDITIONS)
+ABLATION_KINDS = ("needed", "hardly", "told")
+"""Of runs with ablation."""
 KIND_ALPHA = {**dict.fromkeys(SHAPES, 0.0025), **dict.fromkeys(CONDITIONS, 0.005)}
-"""What each kind may take, over all blocks and streams. They add up to 0.035: chances are estimates."""
+"""What each kind may take, over all blocks and streams. They add up to 0.04: chances are estimates."""
 
 TITLES = {
     "critical": "Critical blocks",
@@ -25,6 +27,9 @@ TITLES = {
     "gradients": "Task gradients",
     "two-ended": "Two-ended blocks",
     "least": "Least contributing blocks",
+    "needed": "Blocks the loss needs",
+    "hardly": "Blocks whose leaving out hardly hurts",
+    "told": "How far the angle tells what the loss needs",
     CAPTION: "Caption length",
     SIZE: "Image size",
     ASPECT: "Aspect",
@@ -37,11 +42,11 @@ TITLES = {
 class Finding:
     """One thing that a run shows.
 
-    kind: one of KINDS. stream. blocks: paths in the model, more than one for an island. low_sigma, high_sigma: the part
-    of sigma it speaks of. effect, low, high: the number of the kind (docs/findings.md) and its 95% interval, in `unit`.
-    p: the chance of it without an effect, corrected for all blocks and streams of the kind; None for an island. share:
-    of the replicates that show it; None for a condition. level: mean angular distance of the blocks. samples: behind
-    it. value: the data backend.
+    kind: one of KINDS or ABLATION_KINDS. stream: or WHOLE, of whole blocks. blocks: paths in the model, more than one
+    for an island. low_sigma, high_sigma: the part of sigma it speaks of. effect, low, high: the number of the kind
+    (docs/findings.md) and its 95% interval, in `unit`. p: the chance of it without an effect, corrected for all blocks
+    and streams of the kind; None for an island. share: of the replicates that show it; None for a condition. level:
+    mean angular distance (of an ablation, loss increase) of the blocks. samples: behind it. value: the data backend.
     """
 
     kind: str
@@ -65,7 +70,7 @@ class Section:
     """All findings of one kind in one stream, the surest first.
 
     samples: that were looked at. missing: why nothing can be said ("not enough samples: ..."), else "". notes: what
-    else the reader should know.
+    else the reader should know. text: what is said of all blocks together, where that is the finding.
     """
 
     kind: str
@@ -74,6 +79,7 @@ class Section:
     samples: int
     missing: str = ""
     notes: tuple[str, ...] = ()
+    text: str = ""
 
 
 def as_json(sections: Sequence[Section]) -> dict[str, Any]:
@@ -108,6 +114,13 @@ def words(finding: Finding) -> str:
     if f.kind == "least":
         share = f"{100 * f.effect:.3g}% [{100 * max(f.low, 0):.3g}, {100 * f.high:.3g}]"
         return f"does {share} of what the median block does ({f.level:.3g})"
+    if f.kind == "needed":
+        times = f"{_between(f.effect, f.low, f.high)} times as much as the median block"
+        where = f"most at sigma {f.low_sigma:.3g} to {f.high_sigma:.3g}"
+        return f"is missed {times} (the loss rises by {f.level:.3g} without it), {where}"
+    if f.kind == "hardly":
+        share = f"{100 * f.effect:.3g}% [{100 * f.low:.3g}, {100 * f.high:.3g}]"
+        return f"is missed {share} as much as the median block (the loss rises by {f.level:.3g} without it)"
     size = f"{100 * f.effect:+.3g}% [{100 * f.low:+.3g}, {100 * f.high:+.3g}]"
     return {
         CAPTION: f"{size} from shorter to longer captions",

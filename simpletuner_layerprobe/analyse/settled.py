@@ -7,14 +7,14 @@ Shape letters: T bins, L blocks, R replicates, K things that are decided: a fact
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from simpletuner_layerprobe.analyse.bootstrap import MIN_SAMPLES, MIN_UNITS, Bootstrap
-from simpletuner_layerprobe.analyse.contribution import article_values, far_out
+from simpletuner_layerprobe.analyse.contribution import article_values, far_out, least_blocks
 from simpletuner_layerprobe.analyse.units import IMAGE
 from simpletuner_layerprobe.readings import all_blocks
 
@@ -40,7 +40,7 @@ class Confidence:
     blocks: all, in the model's order. low_L, high_L: 95% intervals of the contributions, see `interval`. factor_K: what
     the run itself decides, as the `Decide` gives it. agreement_K: share of the replicates that decide the same.
     settled_K: whether that is `share` or more and there is `enough` to judge by. unit: what the replicates draw,
-    "image" or "sample". images: None where they are not known.
+    "image" or "sample". images: None where they are not known. value_RL: the contributions of the replicates.
     """
 
     blocks: tuple[str, ...]
@@ -55,11 +55,17 @@ class Confidence:
     unit: str
     images: int | None
     samples: int
+    value_RL: NDArray[np.float64] = field(repr=False)
 
     @property
     def settled(self) -> bool:
         """Whether everything is."""
         return bool(self.settled_K.all())
+
+    def least_agreement(self, numbers: Sequence[int]) -> float:
+        """The share of the replicates in which the blocks that contribute least are just these."""
+        blocks = tuple(sorted(numbers))
+        return sum(least_blocks(value_L, len(blocks)) == blocks for value_L in self.value_RL) / self.replicates
 
     def text(self, what: str = "factor") -> str:
         """One line: "33 of 38 factors settled for images like these 50: ..."."""
@@ -91,6 +97,7 @@ def confidence(bootstrap: Bootstrap, decide: Decide, share: float = SHARE) -> Co
         unit=bootstrap.unit,
         images=bootstrap.images,
         samples=bootstrap.samples,
+        value_RL=value_RL,
     )
 
 
@@ -160,7 +167,7 @@ def article_decide(
             critical_RL[:, list(critical)] = True
         else:
             for name, values_RTL in mean_RTL.items():
-                critical_RL[:, number_L[name]] |= far_out(values_RTL[:, filled_T[name]].mean(axis=1))
+                critical_RL[:, number_L[name]] |= far_out(values_RTL, filled_T[name])
         factor_RL = np.where(critical_RL, 1, factor_RL)
         return value_RL, factor_RL if alike is None else alike(factor_RL)
 

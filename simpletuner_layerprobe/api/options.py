@@ -16,7 +16,8 @@ class PlanOptions(TypedDict, total=False):
     factor 1, or "auto": by the recipe those that stick out far, with a budget none. direction: with a budget
     "more-change-more-capacity", "more-change-less-capacity" or "uniform". per_stream: with a budget, whether image and
     text modules go by their own streams. contrast: how much larger the factor of the least block is than that of the
-    most; 12. freeze: numbers of the blocks that get nothing. algo: "lokr", "loha", "locon" or "lora". rank: the
+    most; 12. freeze: numbers of the blocks that get nothing, such as
+    run.contribution("ablation").least(6). algo: "lokr", "loha", "locon" or "lora". rank: the
     largest, by the recipe. weighting: clip_percentile, text_weight and image_weight where they are not the article's.
     """
 

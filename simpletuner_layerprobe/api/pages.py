@@ -10,6 +10,7 @@ from simpletuner_layerprobe.api.options import PlanOptions
 from simpletuner_layerprobe.api.plans import Architecture, alike, plan
 from simpletuner_layerprobe.api.run import Run
 from simpletuner_layerprobe.errors import ProbeError, RunError
+from simpletuner_layerprobe.readings import ABLATION, WHOLE, parse_reading
 from simpletuner_layerprobe.show.blocks import BlockRow
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from simpletuner_layerprobe.analyse.contribution import Contribution
     from simpletuner_layerprobe.analyse.settled import Confidence
     from simpletuner_layerprobe.lokr.plan import Plan
+    from simpletuner_layerprobe.show.page import Ablated
 
 
 def block_rows(
@@ -112,15 +114,19 @@ def figures(
 
 
 def reading_figure(run: Run, reading: str, bins: int = 10, file_format: str = "png") -> dict[str, bytes]:
-    """The figure and the .npz of a further reading: "update_norm_mean", "update_cosine_last", or "pairs_last"."""
+    """The figure and the .npz of a further reading: "update_norm_mean", "pairs_last", "ablation_text" or the like."""
     from simpletuner_layerprobe.show import files
 
     kind, _, tokens = reading.rpartition("_")
+    look = _look(run, file_format)
     if kind == "pairs":
-        return files.pairs_files(run.pair_heatmaps(tokens, bins), **_look(run, file_format))
+        return files.pairs_files(run.pair_heatmaps(tokens, bins), **look)
+    if parse_reading(reading).ablation:
+        heatmaps = run.heatmaps(reading, bins)
+        return files.reading_files(reading, heatmaps, **look | {"samples": f"ablation of {run.ablated}"})
     if reading not in run.readings:
         raise RunError(f"{run.path} has no reading {reading!r}; a probe run records it with layerprobe_residual")
-    return files.reading_files(kind, run.heatmaps(reading, bins), **_look(run, file_format))
+    return files.reading_files(kind, run.heatmaps(reading, bins), **look)
 
 
 def _look(run: Run, file_format: str) -> dict[str, str]:
@@ -145,7 +151,25 @@ def report(run: Run, reading: str | None = None, bins: int = 10, preset: str | N
         )
     except ProbeError as error:
         problem = str(error)
-    return page(run.data, run.heatmaps(reading, bins), run.findings(reading, bins), weights, problem)
+    return page(
+        run.data,
+        run.heatmaps(reading, bins),
+        run.findings(reading, bins),
+        weights,
+        problem,
+        _ablated(run, reading, bins),
+    )
+
+
+def _ablated(run: Run, reading: str | None, bins: int) -> Ablated | None:
+    from simpletuner_layerprobe.show.page import Ablated
+
+    if ABLATION not in run.readings:
+        return None
+    try:
+        return Ablated(run.ablation(bins, reading), run.heatmap(WHOLE, ABLATION, bins), run.ablated)
+    except ProbeError as error:
+        return Ablated(None, None, run.ablated, str(error))
 
 
 def _commands(run: Run, reading: str | None, preset: str) -> str:

@@ -10,6 +10,7 @@ from simpletuner_layerprobe.api.options import PlanOptions, asked_of
 from simpletuner_layerprobe.api.run import Run
 from simpletuner_layerprobe.errors import ConfigError, ModelError
 from simpletuner_layerprobe.models import NAMED, Architecture, architecture
+from simpletuner_layerprobe.readings import WHOLE, all_blocks, parse_reading
 
 if TYPE_CHECKING:
     from simpletuner_layerprobe.analyse.contribution import Contribution
@@ -31,6 +32,7 @@ def plan(
 ) -> Plan:
     """A weighted LoKr (or LoHa, LoCon, LoRA) for a run's model; options: see PlanOptions.
 
+    reading: what the contributions are of, the run's angle unless "ablation" or another is named; see Run.contribution.
     run: with an `architecture`, or what names one, in its place all blocks count the same and a budget is needed. The
     plan's .numbers are a factor or rank for each of its .groups of modules, .parameters the trainable ones; .verify()
     proves with LyCORIS that every module gets what is meant, .write(path) writes the config. Raises ConfigError for
@@ -41,12 +43,16 @@ def plan(
 
     if not isinstance(run, Run):
         return _plan_alike(known_model(run), options)
+    if reading in run.readings and parse_reading(reading).stream not in ("", WHOLE):
+        raise ConfigError(
+            f"{reading} is of the {parse_reading(reading).stream} stream alone; a plan is of whole blocks"
+        )
     weighting = options.get("weighting", {})
+    contribution = run.contribution(reading, bins, **weighting)
     streams = None
     if options.get("per_stream"):
         clip = {name: value for name, value in weighting.items() if name == "clip_percentile"}
         streams = stream_contributions(run.heatmaps(reading, bins), **clip)
-    contribution = run.contribution(reading, bins, **weighting)
     return make_plan(run.manifest, contribution, streams=streams, **asked_of(options, run.preset))
 
 
@@ -69,7 +75,6 @@ def alike(model: Architecture) -> Contribution:
     import numpy as np
 
     from simpletuner_layerprobe.analyse.contribution import Contribution
-    from simpletuner_layerprobe.readings import all_blocks
 
     blocks = all_blocks([stream.blocks for stream in model.streams])
     return Contribution(blocks, np.ones(len(blocks)), np.ones(len(blocks), dtype=np.bool_), {})

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from simpletuner_layerprobe.api.options import PlanOptions, asked_of
-from simpletuner_layerprobe.errors import ConfigError, ProbeError
+from simpletuner_layerprobe.errors import ConfigError, ProbeError, RunError
+from simpletuner_layerprobe.readings import TOKENS
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     import numpy as np
     import pandas
     from numpy.typing import NDArray
 
+    from simpletuner_layerprobe.analyse.ablation import Ablation
     from simpletuner_layerprobe.analyse.bootstrap import Bootstrap
     from simpletuner_layerprobe.analyse.contribution import Contribution
     from simpletuner_layerprobe.analyse.findings import Section
@@ -56,6 +56,7 @@ class Run:
         self.data = data
         self._samples: dict[str, Samples] = {}
         self._bootstraps: dict[tuple[str, int], Bootstrap] = {}
+        self._ablations: dict[tuple[str, int], Ablation] = {}
 
     def __repr__(self) -> str:
         return f"<Run {self.path}: {self.model or 'unknown model'}, {self.counted}>"
@@ -148,24 +149,28 @@ class Run:
         return self.data.to_pandas()
 
     def samples_in(self, reading: str | None = None) -> Samples:
-        """All samples in one reading, as the functions of `analyse` take them. Raises RunError as `distances` does."""
-        from simpletuner_layerprobe.analyse.samples import Samples
+        """All samples in one reading, as the functions of `analyse` take them; of an ablation, those that have it.
 
+        Raises RunError as `distances` does.
+        """
         name = reading or self.reading
         if name not in self._samples:
-            blocks = self._blocks_with(name)
-            distances = {stream: self._columns(stream, name) for stream in blocks}
-            taken_N = self._taken(name, distances)
-            self._samples[name] = Samples(
-                self.sigma[taken_N],
-                self.facts["image"][taken_N],
-                blocks,
-                {stream: distance_NC[taken_N] for stream, distance_NC in distances.items()},
-                reading=name,
-                facts={fact: value_N[taken_N] for fact, value_N in self.facts.items()},
-                stratified=self.manifest.settings.get("sigmas") == "stratified",
-            )
+            self._samples[name] = self._samples_at(name, self._taken(name))
         return self._samples[name]
+
+    def _samples_at(self, reading: str, taken_N: NDArray[np.bool_] | slice) -> Samples:
+        from simpletuner_layerprobe.analyse.samples import Samples
+
+        blocks = self._blocks_with(reading)
+        return Samples(
+            self.sigma[taken_N],
+            self.facts["image"][taken_N],
+            blocks,
+            {stream: self._columns(stream, reading)[taken_N] for stream in blocks},
+            reading=reading,
+            facts={fact: value_N[taken_N] for fact, value_N in self.facts.items()},
+            stratified=self.manifest.settings.get("sigmas") == "stratified",
+        )
 
     def _blocks_with(self, reading: str) -> dict[str, tuple[str, ...]]:
         """Stream -> its blocks, for the streams that may have this reading: all, or the only one."""
@@ -174,16 +179,18 @@ class Run:
         only = parse_reading(reading).stream if reading in self.readings else ""
         return {only: self.blocks if only == WHOLE else self.streams[only]} if only else self.streams
 
-    def _taken(self, reading: str, distances: Mapping[str, NDArray[Any]]) -> NDArray[np.bool_] | slice:
+    def _taken(self, reading: str) -> NDArray[np.bool_] | slice:
         """The samples that a reading was taken of: all, but for an ablation."""
         import numpy as np
 
         from simpletuner_layerprobe.readings import parse_reading
 
-        if reading not in self.readings or not parse_reading(reading).ablation:
+        if not parse_reading(reading).ablation:
             return slice(None)
-        (distance_NC,) = distances.values()
-        taken_N: NDArray[np.bool_] = ~np.isnan(distance_NC).all(axis=1)
+        if reading not in self.readings:
+            raise RunError(f"{self.path} was recorded without {reading} (layerprobe_ablation)")
+        (stream,) = self._blocks_with(reading)
+        taken_N: NDArray[np.bool_] = ~np.isnan(self._columns(stream, reading)).all(axis=1)
         return taken_N
 
     def _columns(self, stream: str, reading: str) -> NDArray[Any]:
@@ -212,11 +219,14 @@ class Run:
         """The mean distances of a stream by T equal bins of sigma and L blocks.
 
         values_TL: (T, L) float64, fractions of pi; 0 where a bin has no samples. counts_T: (T,) samples of each bin.
-        standard_errors_TL: (T, L), by how much other images would move each value. blocks: L paths. Raises RunError for
-        a stream or reading that the run has not, ProbeError if it has no samples.
+        standard_errors_TL: (T, L), by how much other images would move each value. blocks: L paths. An ablation of
+        whole blocks is of the stream "block". Raises RunError for a stream or reading that the run has not, ProbeError
+        if it has no samples.
         """
-        self.manifest.stream(stream)
-        return self.heatmaps(reading, bins)[stream]
+        made = self.heatmaps(reading, bins)
+        if stream not in made:
+            self.distances(stream, reading)  # says what the run has
+        return made[stream]
 
     def pair_heatmaps(self, tokens: str | None = None, bins: int = 10) -> dict[str, PairHeatmap]:
         """Distances over several blocks in a row (layerprobe_block_pairs), by stream: values_PL, a row per number.
@@ -230,26 +240,104 @@ class Run:
         spans = [one for one in map(parse_reading, self.readings) if (one.kind, one.tokens) == (ANGLE, tokens)]
         return pair_heatmaps([self.samples_in(one.name) for one in spans], bins=bins)
 
-    def findings(self, reading: str | None = None, bins: int = 10) -> tuple[Section, ...]:
+    def findings(self, reading: str | None = None, bins: int = 10, tokens: str | None = None) -> tuple[Section, ...]:
         """What the run shows, as docs/findings.md defines it: one section per kind and stream, with .findings.
 
-        Raises ProbeError if it has no samples.
+        Of a run with ablation also what that shows; with reading="ablation", that alone. tokens: the angle that an
+        ablation is compared with, by default `reading`, or the run's own. Raises ProbeError if it has no samples,
+        RunError for a reading that it has not.
         """
         from simpletuner_layerprobe.analyse.findings import findings
+        from simpletuner_layerprobe.analyse.sections import ABLATION_KINDS, Section
+        from simpletuner_layerprobe.readings import ABLATION, WHOLE
 
-        return findings(self.samples_in(reading), bins=bins)
+        samples = self.samples_in(reading)
+        alone = samples.reading == ABLATION
+        shown = () if alone else findings(samples, bins=bins)
+        if ABLATION not in self.readings or samples.reading not in (ABLATION, *TOKENS):
+            return shown
+        try:
+            sections = self.ablation(bins, tokens or (None if alone else reading)).sections
+        except ProbeError as error:
+            sections = (Section("needed", WHOLE, (), 0, str(error)),)
+        return shown + tuple(section for section in sections if alone or section.kind in ABLATION_KINDS)
+
+    def ablation(self, bins: int = 10, reading: str | None = None) -> Ablation:
+        """Which blocks the loss needs, and how far the angle tells it, in a run recorded with layerprobe_ablation.
+
+        loss: .value_L, .low_L, .high_L, the loss increase of each of the L blocks when it is left out, mean over the
+        sigma bins, and its 95% interval. needed, hardly: numbers of the blocks that are missed clearly more than most,
+        and hardly. told: stream -> how far its angle in `reading` ("mean", "last"; the run's own by default) tells it,
+        as rank correlations over blocks and cells, beside depth and the relative update norm. text: the same with only
+        the text update left out. docs/findings.md defines each. Only samples with ablation play a part. Raises RunError
+        for a run without, ProbeError for too few samples.
+        """
+        from simpletuner_layerprobe.analyse.ablation import ablation
+        from simpletuner_layerprobe.readings import ABLATION
+
+        name = reading or self.reading
+        if (name, bins) not in self._ablations:
+            taken_N = self._taken(ABLATION)
+            norm, text = (
+                self._samples_at(other, taken_N) if other in self.readings else None
+                for other in (f"update_norm_{name}", "ablation_text")
+            )
+            self._ablations[name, bins] = ablation(
+                self.samples_in(ABLATION), self._samples_at(name, taken_N), norm, text, bins
+            )
+        return self._ablations[name, bins]
+
+    def levels(
+        self, reading: str = "ablation", bins: int = 10, images: NDArray[np.integer] | None = None
+    ) -> NDArray[np.float64]:
+        """(L,) the mean of an ablation over the sigma bins, each weighing the same, of all images or of these.
+
+        images: their numbers, as in `facts["image"]`; `parted_images` draws some.
+        """
+        from simpletuner_layerprobe.analyse.ablation import levels
+
+        return levels(self.samples_in(reading), bins, images)
+
+    @property
+    def ablated(self) -> str:
+        """ "200 of 600 samples, 150 images" with ablation; "" for a run that was recorded without."""
+        from simpletuner_layerprobe.readings import parse_reading
+        from simpletuner_layerprobe.show.words import counted
+
+        names = [name for name in self.readings if parse_reading(name).ablation]
+        if not names:
+            return ""
+        samples = self.samples_in(names[0])
+        images = "" if samples.images is None else f", {counted(samples.images, 'image')}"
+        return f"{samples.samples:,} of {counted(self.samples, 'sample')}{images}"
+
+    def parted_images(self, count: int | None = None, seed: int = 0) -> tuple[NDArray[np.unsignedinteger], ...]:
+        """The images with ablation in two parts, at random: `count` of them, half by default, and the rest."""
+        from simpletuner_layerprobe.analyse.ablation import parted
+        from simpletuner_layerprobe.readings import ABLATION
+
+        return parted(self.samples_in(ABLATION), count, seed)
 
     def contribution(self, reading: str | None = None, bins: int = 10, **weighting: float) -> Contribution:
-        """`contributions` without what the replicates say: value_L, covered_L, critical by stream."""
-        from simpletuner_layerprobe.analyse.contribution import article_contributions
+        """`contributions` without what the replicates say: value_L, covered_L, critical by stream; least(6): numbers.
 
+        reading: "ablation" for what the loss needs, in the place of the angle; needs a run with layerprobe_ablation.
+        """
+        from simpletuner_layerprobe.analyse.contribution import article_contributions
+        from simpletuner_layerprobe.readings import ABLATION
+
+        if reading == ABLATION and reading not in self.readings:
+            raise RunError(
+                f"{self.path} was recorded without ablation of whole blocks; record it with layerprobe_ablation: "
+                "blocks, or use --by angle"
+            )
         return article_contributions(self.heatmaps(reading, bins), **weighting)
 
     def contributions(self, reading: str | None = None, bins: int = 10, **weighting: float) -> Contributions:
         """The contribution of every block by the article's recipe: values, low, high and settled, (L,) each.
 
-        weighting: clip_percentile (90), text_weight (1/3), image_weight (2/3). Raises ProbeError without samples, and
-        if all blocks change the hidden states alike.
+        reading: as `contribution` takes it. weighting: clip_percentile (90), text_weight (1/3), image_weight (2/3).
+        Raises ProbeError without samples, and if all blocks change the hidden states alike.
         """
         from simpletuner_layerprobe.analyse.settled import confidence
         from simpletuner_layerprobe.lokr.plan import decide_of

@@ -111,6 +111,18 @@ def block_numbers(text: str) -> tuple[int, ...]:
     return tuple(sorted(set(numbers)))
 
 
+def frozen_blocks(text: str) -> tuple[tuple[int, ...], int]:
+    """What --freeze takes, "0-3,least:2": the numbers, and N of "least:N", 0 without."""
+    parts = [part.strip() for part in text.split(",")]
+    counts = [part.removeprefix("least:") for part in parts if part.startswith("least")]
+    if len(counts) > 1 or not all(re.fullmatch(r"[1-9]\d{0,5}", count, re.ASCII) for count in counts):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected least:N once, with a whole number from 1, such as least:6"
+        )
+    numbers = [part for part in parts if not part.startswith("least")]
+    return block_numbers(",".join(numbers)) if numbers else (), int(counts[0]) if counts else 0
+
+
 def critical_blocks(text: str) -> str | tuple[int, ...]:
     """ "auto", or block numbers; "none" is no number."""
     if text in ("auto", "none"):

@@ -11,6 +11,7 @@ from simpletuner_layerprobe.commands.output import OK, warn, warn_of_samples
 from simpletuner_layerprobe.files import write_files
 
 ANGLE, PAIRS = "angle", "pairs"
+ABLATIONS = ("ablation", "ablation_text", "ablation_change", "ablation_text_change")
 
 
 def add_parser(add: Add) -> None:
@@ -30,10 +31,11 @@ def add_parser(add: Add) -> None:
     add_tokens(added, "to draw")
     added.add_argument(
         "--reading",
-        choices=(ANGLE, "update_norm", "update_cosine", PAIRS),
+        choices=(ANGLE, "update_norm", "update_cosine", PAIRS, *ABLATIONS),
         default=ANGLE,
         help="what to draw: the angular distance (default), what each block adds (layerprobe_residual) as its relative "
-        "norm or its cosine, or distances over several blocks in a row (layerprobe_block_pairs)",
+        "norm or its cosine, distances over several blocks in a row (layerprobe_block_pairs), or how much the loss "
+        "rises or the prediction changes with the block or its text update left out (layerprobe_ablation)",
     )
     added.add_argument("--format", choices=("png", "svg"), default="png", help="default png")
 
@@ -47,7 +49,7 @@ def command(arguments: argparse.Namespace) -> int:
     if arguments.reading == ANGLE:
         files, problem = figures(run, reading, **look)
     else:
-        reading = f"{arguments.reading}_{reading}"
+        reading = arguments.reading if arguments.reading in ABLATIONS else f"{arguments.reading}_{reading}"
         files = reading_figure(run, reading, **look)
     write_files({Path(arguments.out) / name: data for name, data in files.items()}, force=True)
     if arguments.reading != PAIRS:

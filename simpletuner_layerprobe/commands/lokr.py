@@ -9,13 +9,13 @@ from simpletuner_layerprobe.commands.arguments import (
     KNOWN_MODELS,
     Add,
     add_tokens,
-    block_numbers,
     budget,
     critical_blocks,
+    frozen_blocks,
     within,
 )
 from simpletuner_layerprobe.commands.imports import light, named_model
-from simpletuner_layerprobe.commands.lokr_output import as_json, print_plan
+from simpletuner_layerprobe.commands.lokr_output import Frozen, as_json, print_plan
 from simpletuner_layerprobe.commands.output import OK, print_json, warn, warn_of_samples
 from simpletuner_layerprobe.errors import ConfigError
 from simpletuner_layerprobe.files import require_free
@@ -28,7 +28,8 @@ BINS = 10
 MAX_RANK = 2**20
 MAX_CONTRAST = 30
 DIRECTIONS = ("more-change-more-capacity", "more-change-less-capacity", "uniform")
-OF_A_PLAN = ("preset", "params", "critical", "direction", "per_stream", "contrast", "freeze", "algo", "rank")
+OF_A_PLAN = ("preset", "params", "critical", "direction", "per_stream", "contrast", "algo", "rank")
+ANGLE, ABLATION = "angle", "ablation"
 
 
 def add_parser(add: Add) -> None:
@@ -43,6 +44,7 @@ def add_parser(add: Add) -> None:
         "layerprobe lokr output/sd35-probe/layerprobe --env sd35-weighted\n"
         "layerprobe lokr output/sd35-probe/layerprobe --preset article --critical 0,31,35 --out lycoris_config.json\n"
         "layerprobe lokr output/sd35-probe/layerprobe --params 400M --env sd35-400m\n"
+        "layerprobe lokr output/sd35-probe/layerprobe --by ablation --freeze least:6 --env sd35-needed\n"
         "layerprobe lokr output/sd35-probe/layerprobe --algo lora --rank 32 --env sd35-lora\n"
         "layerprobe lokr --model sd35-large --params 400M",
     )
@@ -52,7 +54,14 @@ def add_parser(add: Add) -> None:
         metavar="MODEL",
         help=f"the model of a RUN that has no module table; without RUN all blocks are planned alike: {KNOWN_MODELS}",
     )
-    add_tokens(added, "to use")
+    added.add_argument(
+        "--by",
+        choices=(ANGLE, ABLATION),
+        default=ANGLE,
+        help="what contributions are made of: how far a block turns the hidden states, or how much the loss grows with "
+        "the block left out (a run with layerprobe_ablation: blocks; a negative increase counts as 0); default angle",
+    )
+    add_tokens(added, "to use by angle")
     goal = added.add_mutually_exclusive_group()
     goal.add_argument(
         "--preset",
@@ -89,7 +98,12 @@ def add_parser(add: Add) -> None:
         help="the block that gets least aims at a factor F times that of the block that gets most; default 12",
     )
     added.add_argument(
-        "--freeze", type=block_numbers, metavar="BLOCKS", help="blocks to leave out of the config, such as 0,3-5"
+        "--freeze",
+        type=frozen_blocks,
+        default=((), 0),
+        metavar="BLOCKS",
+        help="blocks to leave out of the config, such as 0,3-5 or 0-3,least:2: least:N are the N of all blocks that "
+        "contribute least; that the model needs these least is measured with --by ablation only",
     )
     added.add_argument(
         "--algo",
@@ -130,28 +144,40 @@ def command(arguments: argparse.Namespace) -> int:
         )
     if arguments.run is None and arguments.env is not None:
         arguments.wrong_usage("--env takes the options of a probe run: give RUN, or use --out")
+    numbers, count = arguments.freeze
+    if arguments.run is None and (arguments.by == ABLATION or count):
+        arguments.wrong_usage("--by ablation and --freeze least:N go by what was measured: give RUN")
+    if arguments.by == ABLATION and arguments.tokens is not None:
+        arguments.wrong_usage("--tokens chooses between readings of the angle: leave it out with --by ablation")
+    reading = ABLATION if arguments.by == ABLATION else arguments.tokens
     model = None if arguments.model is None else named_model(arguments)
     run = None if arguments.run is None else load(arguments.run, model=model)
     of = run or model
     assert of is not None, "one of them was given"
     options = _options(arguments, of)
-    made = plan(of, reading=arguments.tokens, **options)
+    least = run.contribution(reading).least(count) if run is not None and count else ()
+    freeze = tuple(sorted({*numbers, *least}))
+    made = plan(of, reading=reading, freeze=freeze, **options)
     _write(arguments, run, made, dry_run=True)  # before the proof, which takes seconds
     with light("peft" if arguments.algo == "lora" else "lycoris", arguments):
         made = made.verify()
-    sure = None if run is None else run.confidence(reading=arguments.tokens, **options)
-    rows = block_rows(of, made, sure, reading=arguments.tokens, **options)
+    sure = None if run is None else run.confidence(reading=reading, freeze=freeze, **options)
+    rows = block_rows(of, made, sure, reading=reading, freeze=freeze, **options)
+    frozen = None
+    if freeze:
+        agreement = sure.least_agreement(least) if sure is not None and least else None
+        frozen = Frozen(freeze, least, agreement, *_saved(of, made, reading=reading, **options))
     written, following = _write(arguments, run, made)
     if run is not None:
-        warn_of_samples(run, arguments.tokens, BINS)
-        for name in run.contribution(arguments.tokens).dropped:
+        warn_of_samples(run, reading, BINS)
+        for name in run.contribution(reading).dropped:
             warn(f"the {name} stream has no sample with finite distances; it is left out")
     if made.budget is not None and abs(made.gap) > FAR_FROM_BUDGET * made.budget:
         warn(f"the config has {made.parameters:,} parameters, the budget is {made.budget:,}: {made.bound}")
     if arguments.json:
-        print_json(as_json(arguments, run, made, sure, rows, written))
+        print_json(as_json(arguments, run, made, sure, rows, frozen, written))
         return OK
-    print_plan(made, sure, rows)
+    print_plan(made, sure, rows, reading or (run.reading if run is not None else ""), frozen)
     for path in written:
         print(f"written: {path}")
     print(following)
@@ -172,6 +198,20 @@ def _options(arguments: argparse.Namespace, of: Run | Architecture) -> dict[str,
             )
         options["params"] = like.parameters
     return options
+
+
+def _saved(of: Run | Architecture, made: Plan, **options: Any) -> tuple[int | None, int | None]:
+    """How many modules fewer the plan has than the same without freezing, and the parameters of the latter.
+
+    Both None if it cannot be made: a block without a layer that can be adapted has to be frozen.
+    """
+    from simpletuner_layerprobe.api import plan
+
+    try:
+        whole = plan(of, **options)
+    except ConfigError:
+        return None, None
+    return len(whole.intended) - len(made.intended), whole.parameters
 
 
 def _write(

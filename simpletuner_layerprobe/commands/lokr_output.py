@@ -4,20 +4,44 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from simpletuner_layerprobe.commands.output import LEFT, RIGHT, print_table, size_text
 from simpletuner_layerprobe.lokr.amounts import BF16_BYTES
-from simpletuner_layerprobe.show.words import share_text
+from simpletuner_layerprobe.show.words import counted, listed, samples_text, share_text
 
 if TYPE_CHECKING:
     from simpletuner_layerprobe.api.pages import BlockRow, Confidence, Plan, Run
 
 SHORT = {"feed-forward": "ff", "attention": "attn", "modulation": "mod"}
+READINGS = {
+    "last": "angle of the last token",
+    "mean": "angle, mean over the tokens",
+    "ablation": "ablation, the loss increase with a block left out (a negative one counts as 0)",
+}
 
 
-def print_plan(plan: Plan, sure: Confidence | None, rows: Sequence[BlockRow]) -> None:
-    """The table of blocks, what was asked for, reached and proved, and how sure it is."""
+@dataclass(frozen=True)
+class Frozen:
+    """What --freeze left out of a plan.
+
+    numbers: of the blocks; least: those that least:N named, and the share of the replicates that name the same.
+    modules: without an adapter therefore. whole: the parameters of the same plan without freezing. Both None where that
+    cannot be planned.
+    """
+
+    numbers: tuple[int, ...]
+    least: tuple[int, ...]
+    agreement: float | None
+    modules: int | None
+    whole: int | None
+
+
+def print_plan(
+    plan: Plan, sure: Confidence | None, rows: Sequence[BlockRow], reading: str, frozen: Frozen | None
+) -> None:
+    """The table of blocks, what was asked for, reached and proved, and how sure it is. reading: that it goes by."""
     kinds = list(dict.fromkeys(kind for row in rows for kind in row.numbers))
     heads, sides = ["", "block", "contribution"], [RIGHT, LEFT, RIGHT]
     if sure:
@@ -39,6 +63,15 @@ def print_plan(plan: Plan, sure: Confidence | None, rows: Sequence[BlockRow]) ->
     blank = [""] * (len(heads) - 4)
     table.append(["", "total", *blank, f"{plan.parameters:,}", f"{_size(plan.parameters)} in bf16"])
     print_table(heads, table, "".join(sides))
+    if sure:
+        print(f"by       {READINGS[reading]}; {samples_text(sure.samples, sure.images)}")
+    if frozen:
+        print(f"frozen   {_frozen_text(plan, frozen)}; what it saves in time is not measured")
+    if frozen and frozen.agreement is not None:
+        print(
+            f"least    {_blocks(frozen.least)} contribute{'s' * (len(frozen.least) == 1)} least; "
+            f"{share_text(frozen.agreement)} of the replicates name the same"
+        )
     if plan.budget:
         gap = f"{abs(plan.gap):,} ({abs(plan.gap) / plan.budget:.3%}) {'above' if plan.gap > 0 else 'below'}"
         print(f"budget   {plan.budget:,} parameters, {_size(plan.budget)} in bf16; gap {gap if plan.gap else 'none'}")
@@ -59,14 +92,16 @@ def as_json(
     plan: Plan,
     sure: Confidence | None,
     rows: Sequence[BlockRow],
+    frozen: Frozen | None,
     written: Sequence[str],
 ) -> dict[str, Any]:
     """What `lokr --json` prints. Numbers that are not known are null."""
     return {
         "run": arguments.run,
         "model": arguments.model,
-        "samples": run.samples if run else None,
-        "images": run.images if run else None,
+        "by": arguments.by if run else None,
+        "samples": sure.samples if sure else None,
+        "images": sure.images if sure else None,
         "algo": plan.algo,
         "preset": None if plan.budget else "article",
         "replicates": sure.replicates if sure else None,
@@ -80,6 +115,15 @@ def as_json(
             "bound": plan.bound,
         }
         if plan.budget
+        else None,
+        "frozen": {
+            "blocks": list(frozen.numbers),
+            "least": list(frozen.least),
+            "least_agreement": frozen.agreement,
+            "modules": frozen.modules,
+            "parameters_without_freezing": frozen.whole,
+        }
+        if frozen
         else None,
         "blocks": [
             {
@@ -102,6 +146,22 @@ def as_json(
         "config": None if plan.algo == "lora" else plan.config(),  # which PEFT's has none of
         "written": list(written),
     }
+
+
+def _frozen_text(plan: Plan, frozen: Frozen) -> str:
+    """What freezing saves."""
+    text = _blocks(frozen.numbers)
+    if frozen.whole is None or frozen.modules is None:
+        return text
+    saved = frozen.whole - plan.parameters
+    text += f": {counted(frozen.modules, 'module')} without an adapter"
+    if plan.budget:
+        text += ", and the budget goes to the other blocks"
+    return f"{text}; {abs(saved):,} parameters {'fewer' if saved >= 0 else 'more'} than without ({frozen.whole:,})"
+
+
+def _blocks(numbers: Sequence[int]) -> str:
+    return f"block{'s' * (len(numbers) > 1)} {listed([str(number) for number in numbers])}"
 
 
 def _size(parameters: int) -> str:

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from simpletuner_layerprobe.show.words import stream_text
+
 if TYPE_CHECKING:
     from simpletuner_layerprobe.api.run import Run
 
@@ -43,11 +45,11 @@ def warn_of_samples(run: Run, reading: str | None, bins: int) -> None:
             labels = bin_labels(bins)
             shown = ", ".join(labels[t] for t in empty[:5]) + (", ..." if len(empty) > 5 else "")
             warn(
-                f"{len(empty)} of {bins} sigma bins have no samples in the {name} stream ({shown}); "
+                f"{len(empty)} of {bins} sigma bins have no samples {stream_text(name)} ({shown}); "
                 "they count as 0, as in the article: record more samples"
             )
         if heatmap.nonfinite:
-            warn(f"{heatmap.nonfinite:,} samples are left out of the {name} stream: distances not finite")
+            warn(f"{heatmap.nonfinite:,} samples are left out {stream_text(name)}: numbers not finite")
 
 
 def print_json(result: Mapping[str, Any]) -> None:

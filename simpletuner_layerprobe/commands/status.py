@@ -50,6 +50,7 @@ def command(arguments: argparse.Namespace) -> int:
         "readings": ", ".join(run.readings),
         "modules": f"{len(manifest.modules):,} in the module table" if manifest.modules else "no module table",
         "backends": ", ".join(f"{name or 'unknown'}: {count:,}" for name, count in sorted(backends.items())),
+        **({"ablation": run.ablated} if run.ablated else {}),
         "non-finite": _nonfinite(run) or "none",
         "settled": _settled(run, arguments),
         "size": _size(run),
@@ -79,8 +80,8 @@ def _nonfinite(run: Run) -> str:
     """The samples that are left out of a stream, by stream and reading."""
     counts = {
         f"{stream} {reading}": heatmap.nonfinite
-        for reading in ("last", "mean")
-        if reading in run.readings
+        for reading in ("last", "mean", "ablation", "ablation_text")
+        if reading in run.readings and run.samples_in(reading).samples
         for stream, heatmap in run.heatmaps(reading).items()
     }
     return ", ".join(f"{name}: {count:,}" for name, count in counts.items() if count)

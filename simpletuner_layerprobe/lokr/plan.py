@@ -77,7 +77,14 @@ class Recipe:
         return preset_parameters(self.preset)
 
     def groups(self, model: Model, blocks: Sequence[str], streams: Mapping[str, Sequence[str]]) -> tuple[Group, ...]:
-        """The groups of modules that share a number. Raises ConfigError as `module_groups` does."""
+        """The groups of modules that share a number. streams: what contributions were measured of -> its blocks.
+
+        Raises ConfigError as `module_groups` does, and with per_stream if no stream was measured by itself.
+        """
+        if self.per_stream and not any(stream.name in streams for stream in model.streams):
+            raise ConfigError(
+                "leaving out whole blocks says nothing of their streams; plans per stream go by the angle"
+            )
         freeze = checked_blocks(self.freeze, len(blocks), "frozen block")
         if not isinstance(self.critical, str):
             checked_blocks(self.critical, len(blocks), "critical block")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cache
 from typing import Any
 
 from simpletuner_layerprobe.errors import SeamError
@@ -14,7 +14,7 @@ from simpletuner_layerprobe.probe.blocks import Block
 from simpletuner_layerprobe.probe.wrappers import unwrapped
 
 
-@cache
+@functools.cache
 def positions(function: Callable[..., Any]) -> dict[str, int]:
     """Position of each parameter among the positional arguments after the first (self, or the block)."""
     names = list(inspect.signature(function).parameters)[1:]
@@ -39,64 +39,65 @@ class Call:
 
 Enter = Callable[[Block, Call], None]
 Leave = Callable[[Block, Any], None]
+Run = Callable[[Block, Call, Callable[[], Any]], Any]
+"""(block, its call, proceed) -> what the block is to return; `proceed()` runs it as it would have run."""
 
 
 @contextmanager
 def watched(blocks: Sequence[Block], enter: Enter, leave: Leave) -> Iterator[None]:
     """Inside, every run of a block calls `enter(block, call)` before it and `leave(block, result)` after it.
 
-    Afterwards nothing of it is left on the model. Raises SeamError where the table names a function or a method that
-    is not there.
+    Raises SeamError as `replaced` does.
+    """
+
+    def run(block: Block, call: Call, proceed: Callable[[], Any]) -> Any:
+        enter(block, call)
+        result = proceed()
+        leave(block, result)
+        return result
+
+    with replaced(blocks, run):
+        yield
+
+
+@contextmanager
+def replaced(blocks: Sequence[Block], run: Run) -> Iterator[None]:
+    """Inside, `run` stands for every run of a block. Afterwards nothing of it is left on the model.
+
+    Raises SeamError where the table names a function or a method that is not there.
     """
     functions = dict.fromkeys(block.entry.call for block in blocks if ":" in block.entry.call)
     with ExitStack() as stack:
         for block in blocks:
-            if not block.entry.call:
-                stack.enter_context(_module_watched(block, enter, leave))
-            elif block.entry.call.startswith("."):
-                stack.enter_context(_method_watched(block, enter, leave))
+            if ":" not in block.entry.call:
+                stack.enter_context(_method_replaced(block, run))
         for call in functions:
             through_it = [block for block in blocks if block.entry.call == call]
-            stack.enter_context(_function_watched(call, through_it, enter, leave))
+            stack.enter_context(_function_replaced(call, through_it, run))
         yield
 
 
 @contextmanager
-def _module_watched(block: Block, enter: Enter, leave: Leave) -> Iterator[None]:
-    """Blocks that the model calls as modules."""
+def _method_replaced(block: Block, run: Run) -> Iterator[None]:
+    """A block that the model calls as a module, or of which it calls a method: on the block itself."""
+    name = block.entry.call.removeprefix(".") or "forward"
+    module = block.module
+    if not hasattr(module, name):
+        raise _missing(f"{type(module).__name__}.{name}")
+    own = vars(module).get(name)  # as offloading leaves it on a module
 
-    def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        enter(block, Call(type(module).forward, args, kwargs))
-
-    def after(module: Any, args: tuple[Any, ...], result: Any) -> None:
-        leave(block, result)
-
-    with ExitStack() as stack:
-        stack.callback(block.module.register_forward_pre_hook(before, with_kwargs=True).remove)
-        stack.callback(block.module.register_forward_hook(after).remove)
-        yield
-
-
-@contextmanager
-def _method_watched(block: Block, enter: Enter, leave: Leave) -> Iterator[None]:
-    """A block of which the model calls a method: wrapped on the block itself."""
-    name = block.entry.call.removeprefix(".")
-    method = getattr(block.module, name, None)
-    if method is None:
-        raise _missing(f"{type(block.module).__name__}.{name}")
-
+    @functools.wraps(getattr(module, name))
     def run_block(*args: Any, **kwargs: Any) -> Any:
-        enter(block, Call(getattr(type(block.module), name), args, kwargs))
-        result = method(*args, **kwargs)
-        leave(block, result)
-        return result
+        of_class = getattr(type(module), name)  # looked up at each run, as Python does
+        method = own or functools.partial(of_class, module)
+        return run(block, Call(of_class, args, kwargs), lambda: method(*args, **kwargs))
 
-    with _replaced(block.module, name, run_block):
+    with _replaced(module, name, run_block):
         yield
 
 
 @contextmanager
-def _function_watched(call: str, blocks: Sequence[Block], enter: Enter, leave: Leave) -> Iterator[None]:
+def _function_replaced(call: str, blocks: Sequence[Block], run: Run) -> Iterator[None]:
     """Blocks that a function of the model's Python module runs, which gets the block as its first argument."""
     module_name, name = call.split(":")
     module = importlib.import_module(module_name)
@@ -104,15 +105,14 @@ def _function_watched(call: str, blocks: Sequence[Block], enter: Enter, leave: L
     if function is None:
         raise _missing(call)
     by_id = {id(block.module): block for block in blocks}
+    signature_of = inspect.unwrap(function)
 
+    @functools.wraps(function)
     def run_block(module_of_block: Any, *args: Any, **kwargs: Any) -> Any:
         block = by_id.get(id(unwrapped(module_of_block)))
         if block is None:  # another model's
             return function(module_of_block, *args, **kwargs)
-        enter(block, Call(function, args, kwargs))
-        result = function(module_of_block, *args, **kwargs)
-        leave(block, result)
-        return result
+        return run(block, Call(signature_of, args, kwargs), lambda: function(module_of_block, *args, **kwargs))
 
     with _replaced(module, name, run_block):
         yield

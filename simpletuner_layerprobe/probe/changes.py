@@ -44,7 +44,7 @@ def change(block: Block, seam: StreamSeam, before: torch.Tensor, result: Any, up
     Raises ModelError if the block returned no such state, and for a state without tokens.
     """
     layout = LAYOUTS[block.entry.layout]
-    before_BSD, after_BSD = layout(before), layout(_state_after(block, seam, before, result))
+    before_BSD, after_BSD = layout(before), layout(state_after(block, seam, before, result))
     if before_BSD.shape[1] == 0:
         raise no_tokens(block, seam, 0, slice(0, 0))
     return Change(
@@ -63,7 +63,7 @@ def state_before(block: Block, argument: str, call: Call) -> torch.Tensor:
     return state
 
 
-def _state_after(block: Block, seam: StreamSeam, before: torch.Tensor, result: Any) -> torch.Tensor:
+def state_after(block: Block, seam: StreamSeam, before: torch.Tensor, result: Any) -> torch.Tensor:
     """The state of the seam's stream in what the block returned. Raises ModelError if there is none."""
     if seam.result is None:
         state = result

@@ -74,6 +74,7 @@ class Family:
     forwards: "one" forward of the denoiser per step; "per sample": one for each sample of the batch, in order.
     denoisers: class names of the denoisers that this entry is for; empty: all of the family.
     text_mask: the parameter of the forward that has the mask of the valid text tokens; empty: a training batch has it.
+    target: the rule in training/losses.py for what the model should predict.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Family:
     forwards: str = "one"
     denoisers: tuple[str, ...] = ()
     text_mask: str = ""
+    target: str = "prediction"
 
 
 # The image stream alone, in and out as it is.
@@ -350,6 +352,7 @@ FAMILIES: tuple[Family, ...] = (
         targets=(Target("transformer_blocks.*", ("norm*", "ff*"), ("*",)),),
         noise="edm",
         text="cross",
+        target="latents",
     ),
     Family(
         name="anima",
@@ -381,6 +384,7 @@ FAMILIES: tuple[Family, ...] = (
         targets=(Target("transformer_blocks.*", ("ff*",), ("*",)),),
         text="cross",
         denoisers=("ACEStepTransformer2DModel",),
+        target="song",
     ),
     Family(
         # The text reaches the blocks as channels of the latents. The language model that can be trained in place of the
@@ -408,6 +412,7 @@ FAMILIES: tuple[Family, ...] = (
         noise="flow_in_clean_steps",
         text="cross",
         forwards="per sample",
+        target="masked_video",
     ),
     Family(
         # One sequence of text, given frames, sound and noised frames. Sound tokens are not recorded.
@@ -415,6 +420,7 @@ FAMILIES: tuple[Family, ...] = (
         blocks=(BlockList("transformer_blocks.*", joint("hidden_states", "packed_video", "packed_text")),),
         targets=(Target("transformer_blocks.*", ("adaln_proj*", "ff*"), ("*",)),),
         noise="flow_in_clean",
+        target="video_and_reversed_audio",
     ),
     Family(
         # Wan 2.2 TI2V gives the first frame clean, at timestep 0.
@@ -445,6 +451,7 @@ FAMILIES: tuple[Family, ...] = (
         blocks=(BlockList("blocks.*", (StreamSeam("image", "x", tokens="after_condition_frames"),)),),
         targets=(Target("blocks.*", ("adaLN_modulation*", "ffn*"), ("*",)),),
         text="cross",
+        target="last_frames",
     ),
     Family(
         name="wan_s2v",
@@ -471,6 +478,7 @@ FAMILIES: tuple[Family, ...] = (
         ),
         targets=(Target("transformer_blocks.*", ("ff*", "audio_ff*"), ("*",)),),
         text="cross",
+        target="video_and_audio",
     ),
     *(
         Family(name=name, blocks=UNET_BLOCKS, targets=UNET_TARGETS, noise="ddpm", text="cross")

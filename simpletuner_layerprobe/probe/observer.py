@@ -66,6 +66,7 @@ class Observer:
         self._text_mask_BS: torch.Tensor | None = None
         self._forward: Forward | None = None
         self._entered: dict[str, dict[str, State]] = {}
+        self._parts: dict[tuple[str, str], Part] = {}
         self._values: list[Values] = []
 
     def __enter__(self) -> Observer:
@@ -121,6 +122,10 @@ class Observer:
                     result[stream, name] = parts[0] if len(parts) == 1 else torch.cat(parts)
         return result
 
+    def part(self, path: str, stream: str) -> Part | None:
+        """The stream's tokens in the state that a block has just made, while the forward runs; None if not known."""
+        return self._parts.get((path, stream))
+
     def _check_complete(self) -> None:
         model = type(self.denoiser).__name__
         if not self._values:
@@ -143,6 +148,7 @@ class Observer:
         """Let go of the running forward and of every state."""
         self._forward = None
         self._entered.clear()
+        self._parts.clear()
         for trail in self._trails.values():
             trail.clear()
 
@@ -188,7 +194,8 @@ class Observer:
             tokens = changes[key].tokens
             if len(states) == len(block.seams):  # each stream has a state of its own
                 self._forward.lengths[seam.stream] = tokens
-            self._read(block, seam, state, changes[key], self._part(block, seam, tokens))
+            part = self._parts[block.path, seam.stream] = self._part(block, seam, tokens)
+            self._read(block, seam, state, changes[key], part)
         self._forward.block = self._forward.call  # that of the block holds the states
 
     def _part(self, block: Block, seam: StreamSeam, tokens: int) -> Part:

@@ -5,6 +5,7 @@ Shapes: B batch, N samples, C columns of a reading (L blocks, fewer for pairs).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,25 +29,30 @@ class RowBuffer:
         self,
         distances: Mapping[tuple[str, str], torch.Tensor],
         sigma_B: torch.Tensor,
-        loss: torch.Tensor,
+        loss_B: torch.Tensor,
         tokens_B: torch.Tensor,
         facts: Mapping[str, Sequence[Any]],
         keep: int,
     ) -> None:
         """Add the first `keep` samples of a batch. Nothing leaves the device.
 
-        distances: (stream, reading) -> (B, C). sigma_B: as the batch has it. loss: scalar, SimpleTuner's loss of the
-        batch. tokens_B: number of valid text tokens. facts: what the host knows of each sample, name -> B values; the
-        same names in every step.
+        distances: (stream, reading) -> (B, C); a reading that is not there is NaN. sigma_B: as the batch has it.
+        loss_B: of each sample. tokens_B: number of valid text tokens. facts: what the host knows of each sample,
+        name -> B values; the same names in every step.
         """
         if keep <= 0:
             return
         device = sigma_B.device
         columns = [
             sigma_B.float().unsqueeze(1),
-            loss.detach().to(device).float().expand(len(sigma_B)).unsqueeze(1),
+            loss_B.to(device).float().unsqueeze(1),
             tokens_B.to(device).float().unsqueeze(1),
-            *(distances[key].to(device) for key in self.columns),
+            *(
+                distances[key].to(device)
+                if key in distances
+                else torch.full((len(sigma_B), width), math.nan).to(device)
+                for key, width in self.columns.items()
+            ),
         ]
         self._packed.append(torch.cat(columns, dim=1)[:keep])
         for name, values in facts.items():

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from simpletuner_layerprobe.readings import WHOLE
+
 
 @dataclass(frozen=True)
 class BlockRow:
@@ -46,7 +48,7 @@ class BlockRow:
             which = f": {', '.join(self.unsettled)}" if len(self.unsettled) < len(self.numbers) else ""
             notes.append(f"NOT settled{which}")
         if self.critical:
-            where = [name for name in self.critical if name]
+            where = [name for name in self.critical if name not in ("", WHOLE)]
             notes.append(f"critical ({', '.join(where)})" if where else "critical")
         if not self.measured:
             notes.append("contribution of the nearest block")

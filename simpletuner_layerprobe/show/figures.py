@@ -15,7 +15,16 @@ from numpy.typing import NDArray
 
 from simpletuner_layerprobe.analyse.heatmap import Heatmap, PairHeatmap, bin_edges
 from simpletuner_layerprobe.analyse.shapes import ranges
-from simpletuner_layerprobe.readings import ANGLE, UPDATE_COSINE, UPDATE_NORM, all_blocks, parse_reading
+from simpletuner_layerprobe.readings import (
+    ABLATION,
+    ABLATION_CHANGE,
+    ANGLE,
+    UPDATE_COSINE,
+    UPDATE_NORM,
+    WHOLE,
+    all_blocks,
+    parse_reading,
+)
 from simpletuner_layerprobe.show import panels
 
 if TYPE_CHECKING:
@@ -23,20 +32,23 @@ if TYPE_CHECKING:
 
 CLIP_PERCENTILE = 95
 LARGEST_FACTOR = 12
-TOKENS = {"last": "last token", "mean": "mean over tokens"}
+TOKENS = {"last": "last token", "mean": "mean over tokens", "": ""}
+WHAT = {"combined": "mean of the streams", WHOLE: "whole block"}
 _EMPTY = "#d9d9d9"
 _FACTOR_BAR, _REPEATED_BAR, _CRITICAL_BAR = "#0072b2", "#9ecae1", "#d55e00"  # after Okabe and Ito
 
 
 @dataclass(frozen=True)
 class _View:
-    """One way to show a heatmap: a row of panels. signed: 0 is the middle of the colours."""
+    """One way to show a heatmap: a row of panels. signed: 0 is the middle of the colours. symmetric: these go by the
+    logarithm on both sides of it."""
 
     title: str
     unit: str
     transform: Callable[[NDArray[np.float64]], NDArray[np.float64]]
     clipped: bool = False
     signed: bool = False
+    symmetric: bool = False
 
 
 def _clip(shown_TL: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -56,6 +68,8 @@ def _rescaled_rows(value_PL: NDArray[np.float64]) -> NDArray[np.float64]:
 
 _DISTANCE = "angular distance (fraction of π)"
 _RATIO = "|after - before| / |before|"
+_LOSS = "loss increase"
+_CHANGE = "|with - without| / |with|"
 _CLIPPED = f"clipped at the {CLIP_PERCENTILE}th percentile"
 _VIEWS = {
     ANGLE: (
@@ -69,6 +83,16 @@ _VIEWS = {
         _View(_CLIPPED, _RATIO, _clip, clipped=True),
     ),
     UPDATE_COSINE: (_View("cosine", "cosine of (after - before) and before", np.asarray, signed=True),),
+    ABLATION: (
+        _View("linear", _LOSS, np.asarray),
+        _View("logarithm on both sides of 0", _LOSS, np.asarray, signed=True, symmetric=True),
+        _View(_CLIPPED, _LOSS, _clip, clipped=True),
+    ),
+    ABLATION_CHANGE: (
+        _View("linear", _CHANGE, np.asarray),
+        _View("logarithm", f"log10 {_CHANGE}", _log10),
+        _View(_CLIPPED, _CHANGE, _clip, clipped=True),
+    ),
 }
 _PAIR_VIEWS = (
     _View("linear", _DISTANCE, np.asarray),
@@ -78,6 +102,8 @@ TITLES = {
     ANGLE: "Figure 1.  How much each block changes the hidden states, by stream",
     UPDATE_NORM: "How much each block adds to the hidden states, by stream",
     UPDATE_COSINE: "Whether each block adds along the hidden states or against them, by stream",
+    ABLATION: "How much the loss rises when a block is left out",
+    ABLATION_CHANGE: "How much the prediction changes when a block is left out",
 }
 COMBINED_TITLE = "Figure 2.  How much each block changes the hidden states, streams combined"
 PAIRS_TITLE = "How far several blocks in a row change the hidden states, by stream"
@@ -89,7 +115,8 @@ def heatmap_figure(
     """Figure 1 (one column of panels per stream) and Figure 2 (their mean alone), and those of update readings.
 
     Distances are shown linear, as log1p and clipped at the 95th percentile; relative norms linear, as their logarithm
-    and clipped; cosines with colours that have 0 in the middle. Columns are blocks by number, rows sigma bins from 0
+    and clipped; cosines with colours that have 0 in the middle; loss increases linear, by their logarithm on both sides
+    of 0, and clipped. Columns are blocks by number, rows sigma bins from 0
     (clean) at the bottom to 1 (noise) at the top. Cells without samples are grey; the percentile is over the others. A
     block that a stream lacks is blank and says so: a number means the same block in every panel.
 
@@ -228,7 +255,8 @@ def _grid[H: Heatmap | PairHeatmap](
             for axes, heatmap in zip(axes_row, heatmaps, strict=True):
                 draw(axes, heatmap, blocks, view)
                 panels.list_boundaries(axes, blocks)
-                what = "mean of the streams" if heatmap.stream == "combined" else f"{heatmap.stream} stream"
+                ablated = parse_reading(heatmap.reading).ablation
+                what = WHAT.get(heatmap.stream, f"{heatmap.stream} {'update alone' if ablated else 'stream'}")
                 axes.set_title(f"{what}, {view.title}", loc="left")
             axes_row[0].set_ylabel(labels[1])
         for axes in grid[-1]:
@@ -247,7 +275,8 @@ def _heat_panel(axes: Axes, heatmap: Heatmap, blocks: Sequence[str], view: _View
     shown_TL = np.full((T, L), np.nan)
     if filled_T.any():
         shown_TL[np.ix_(filled_T, own_L)] = view.transform(heatmap.values_TL[filled_T])
-    panels.cells(axes, shown_TL, edges, view.unit, signed=view.signed, clipped=view.clipped, vector=vector)
+    look = {"signed": view.signed, "symmetric": view.symmetric, "clipped": view.clipped, "vector": vector}
+    panels.cells(axes, shown_TL, edges, view.unit, **look)
     for t in np.flatnonzero(~filled_T):
         axes.axhspan(edges[t], edges[t + 1], color=_EMPTY, linewidth=0)
     for left, right in ranges(~np.isin(np.arange(L), own_L)):

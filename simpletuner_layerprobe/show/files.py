@@ -46,7 +46,7 @@ def article_files(
 
 
 def reading_files(kind: str, streams: Mapping[str, Heatmap], **look: str) -> dict[str, bytes]:
-    """The figure and the arrays of a reading of the blocks' updates; kind: the files' name."""
+    """The figure and the arrays of a further reading of single blocks; kind: the files' name."""
     figure = heatmap_figure(tuple(streams.values()), **look)
     return {f"{kind}.{look['file_format']}": figure, f"{kind}.npz": _npz(heatmap_arrays(streams))}
 
@@ -67,7 +67,7 @@ def _npz(arrays: Mapping[str, NDArray[np.generic]]) -> bytes:
 def heatmap_arrays(heatmaps: Mapping[str, Heatmap]) -> dict[str, NDArray[np.generic]]:
     """The heatmaps as named arrays, for an .npz file.
 
-    For every heatmap S ("image", "text", and "combined" if it is among them):
+    For every heatmap S ("image", "text", and "combined" if it is among them; "block" of an ablation of whole blocks):
       S_mean       (T, L) float64: mean over the samples of the bin; 0 where the bin has none
       S_error      (T, L) float64: its standard error; not finite where it is not known
       S_count      (T,) int64: samples in each bin

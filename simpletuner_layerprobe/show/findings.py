@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import groupby
 
 from simpletuner_layerprobe.analyse.sections import Finding, Section, sureness
+from simpletuner_layerprobe.readings import WHOLE
 from simpletuner_layerprobe.show.words import counted
 
 
@@ -17,6 +18,13 @@ def by_kind(sections: Sequence[Section]) -> Iterator[tuple[str, list[Section]]]:
         if len(those) > 1 and those[0].missing and len({section.missing for section in those}) == 1:
             those = [replace(those[0], stream="every")]
         yield kind, those
+
+
+def where(stream: str) -> str:
+    """What a section is of, behind its title: ", image stream", "" of whole blocks."""
+    if stream == WHOLE:
+        return ""
+    return f", {stream}" if stream.startswith("text ") else f", {stream} stream"
 
 
 def detail(finding: Finding, samples: int) -> str:

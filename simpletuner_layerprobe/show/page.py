@@ -19,8 +19,9 @@ from simpletuner_layerprobe.analyse.findings import ALPHA, TITLES, Finding, Sect
 from simpletuner_layerprobe.analyse.heatmap import Heatmap, bin_edges, bin_index, combined
 from simpletuner_layerprobe.errors import ProbeError
 from simpletuner_layerprobe.readings import all_blocks
+from simpletuner_layerprobe.show import ablation
 from simpletuner_layerprobe.show.blocks import BlockRow
-from simpletuner_layerprobe.show.findings import by_kind, detail
+from simpletuner_layerprobe.show.findings import by_kind, detail, where
 from simpletuner_layerprobe.show.html import (
     MAPS,
     POINTING,
@@ -42,6 +43,7 @@ from simpletuner_layerprobe.show.words import (
 )
 
 if TYPE_CHECKING:
+    from simpletuner_layerprobe.analyse.ablation import Ablation
     from simpletuner_layerprobe.run.load import RunData
 
 SHOWN = 6  # findings of one kind and stream that are listed before the rest is folded away
@@ -62,10 +64,26 @@ class Weights:
     commands: str
 
 
+@dataclass(frozen=True)
+class Ablated:
+    """What leaving blocks out shows. made: None where `problem` says why nothing. counted: of how many samples."""
+
+    made: Ablation | None
+    heatmap: Heatmap | None
+    counted: str
+    problem: str = ""
+
+
 def page(
-    run: RunData, heatmaps: Mapping[str, Heatmap], sections: Sequence[Section], weights: Weights | None, problem: str
+    run: RunData,
+    heatmaps: Mapping[str, Heatmap],
+    sections: Sequence[Section],
+    weights: Weights | None,
+    problem: str,
+    ablated: Ablated | None = None,
 ) -> str:
-    """The HTML of a run's report. weights: None where `problem` says why the run gives none."""
+    """The HTML of a run's report. weights: None where `problem` says why the run gives none. ablated: None for a run
+    that was recorded without."""
     parts = (
         Part(
             "heatmaps",
@@ -76,6 +94,7 @@ def page(
             f"colours end at the 90th percentile of the cells, as in the article's recipe. {POINTING}",
             MAPS,
         ),
+        *([_ablation(ablated)] if ablated else []),
         Part(
             "findings",
             "Findings",
@@ -103,30 +122,45 @@ def page(
         Part("run", "Run", "The run", "", _facts(run, heatmaps)),
     )
     foot = "Angular distance says how far a block turns the hidden states, not how much a picture would miss it."
-    return html_page(
-        "Layer probe", model_name(run.manifest) or "unknown model", _lead(run), parts, foot, _data(heatmaps)
+    data = _data(heatmaps, ablated.heatmap if ablated else None)
+    return html_page("Layer probe", model_name(run.manifest) or "unknown model", _lead(run), parts, foot, data)
+
+
+def _ablation(ablated: Ablated) -> Part:
+    say = (
+        f"How much a sample's own loss rises when one block hands on what it got: {ablated.counted}. The map of the "
+        "angle beside it is of all samples, the scatter of those with ablation. Lines at a mark are 95% intervals."
     )
+    body = ablation.part(ablated.made) if ablated.made else f"<p>{escape(capital(ablated.problem))}.</p>"
+    return Part("ablation", "Ablation", "Blocks left out", say if ablated.made else "", body)
 
 
-def _data(heatmaps: Mapping[str, Heatmap]) -> dict[str, Any]:
-    """What the script draws."""
+def _data(heatmaps: Mapping[str, Heatmap], loss: Heatmap | None) -> dict[str, Any]:
+    """What the script draws. loss: of the ablation, beside the first stream's once more."""
     blocks = all_blocks([heatmap.blocks for heatmap in heatmaps.values()])
     shown = dict(heatmaps)
     if len(heatmaps) > 1:
         with suppress(ProbeError):  # streams without a block in common: each has its own map
             shown["combined"] = combined(heatmaps)
-    maps = [
-        {
-            "id": name,
-            "title": "mean of the streams" if name == "combined" else f"{name} stream",
-            "own": [blocks.index(block) for block in heatmap.blocks],
-            "count": heatmap.counts_T.tolist(),
-            "mean": rounded(heatmap.values_TL),
-            "error": rounded(heatmap.standard_errors_TL),
-        }
-        for name, heatmap in shown.items()
-    ]
+    titles = {"combined": "mean of the streams"}
+    maps = [_map(name, titles.get(name, f"{name} stream"), heatmap, blocks) for name, heatmap in shown.items()]
+    if loss is not None:
+        first = next(iter(heatmaps))
+        beside = {"at": "beside"}
+        maps.append(_map(f"{first}-beside", f"angle, {first} stream", heatmaps[first], blocks) | beside)
+        maps.append(_map(loss.stream, "loss increase", loss, blocks) | beside | {"loss": True})
     return {"blocks": blocks, "edges": bin_edges(next(iter(heatmaps.values())).bins).tolist(), "maps": maps}
+
+
+def _map(name: str, title: str, heatmap: Heatmap, blocks: Sequence[str]) -> dict[str, Any]:
+    return {
+        "id": name,
+        "title": title,
+        "own": [blocks.index(block) for block in heatmap.blocks],
+        "count": heatmap.counts_T.tolist(),
+        "mean": rounded(heatmap.values_TL),
+        "error": rounded(heatmap.standard_errors_TL),
+    }
 
 
 def _lead(run: RunData) -> str:
@@ -179,16 +213,16 @@ def _findings(sections: Sequence[Section], run: RunData) -> str:
 
 
 def _section(section: Section, run: RunData) -> str:
-    head = f"<h4>{escape(section.stream)} stream</h4>"
+    head = f"<h4>{escape(where(section.stream).lstrip(', '))}</h4>" if where(section.stream) else ""
     if section.missing:
         return f"<div class='stream quiet'>{head}<p>{escape(capital(section.missing))}.</p></div>"
     items = [f"<li>{_finding(finding, run)}</li>" for finding in section.findings]
-    body = f"<ul>{''.join(items[:SHOWN])}</ul>" if items else "<p>None.</p>"
+    body = f"<ul>{''.join(items[:SHOWN])}</ul>" if items else f"<p>{escape(capital(section.text or 'none'))}.</p>"
     if len(items) > SHOWN:
         rest = "".join(items[SHOWN:])
         body += f"<details><summary>{len(items) - SHOWN:,} more</summary><ul>{rest}</ul></details>"
     notes = "".join(f"<p class='note'>{escape(capital(note))}.</p>" for note in section.notes)
-    return f"<div class='stream{' quiet' * (not items)}'>{head}{body}{notes}</div>"
+    return f"<div class='stream{' quiet' * (not items and not section.text)}'>{head}{body}{notes}</div>"
 
 
 def _finding(finding: Finding, run: RunData) -> str:

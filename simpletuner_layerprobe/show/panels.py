@@ -102,26 +102,33 @@ def cells(
     unit: str,
     *,
     signed: bool = False,
+    symmetric: bool = False,
     clipped: bool = False,
     vector: bool = False,
 ) -> None:
     """A panel of coloured cells with its colour bar, called `unit`; cells that are not finite stay white.
 
-    row_edges: (Y + 1,). signed: 0 is the middle of the colours. clipped: larger values share the last colour.
+    row_edges: (Y + 1,). signed: 0 is the middle of the colours. symmetric: these go by the logarithm on both
+    sides of 0, from a tenth of the median number on. clipped: larger values share the last colour.
     vector: for SVG, whose viewers leave hairlines between neighbouring cells; a thin edge covers them.
     """
+    from matplotlib.colors import Normalize, SymLogNorm
+
     rows, L = shown_YL.shape
     finite_YL = np.isfinite(shown_YL)
     low, high = (float(np.nanmin(shown_YL)), float(np.nanmax(shown_YL))) if finite_YL.any() else (0.0, 1.0)
     if signed:
         low, high = -max(-low, high), max(-low, high)
+    high = high if high > low else low + 1e-6
+    middle = float(np.median(np.abs(shown_YL[finite_YL]))) if finite_YL.any() else 1.0
+    linear = max(middle, high * 1e-6) / 10
+    norm = SymLogNorm(linear, vmin=low, vmax=high) if symmetric else Normalize(low, high)
     mesh = axes.pcolormesh(
         np.arange(L + 1) - 0.5,
         row_edges,
         np.ma.masked_invalid(shown_YL),
         cmap=SIGNED_COLOUR_MAP if signed else COLOUR_MAP,
-        vmin=low,
-        vmax=high if high > low else low + 1e-6,
+        norm=norm,
         edgecolors="face",
         linewidth=0.2 if vector else 0.0,
         rasterized=rows > 50,
@@ -130,6 +137,12 @@ def cells(
     axes.set_ylim(row_edges[0], row_edges[-1])
     bar = axes.figure.colorbar(mesh, ax=axes, extend="max" if clipped else "neither", pad=0.015, aspect=16)
     bar.set_label(unit, fontsize=8)
+    if symmetric:
+        first, last = (int(np.floor(np.log10(size))) for size in (5 * linear, high))
+        sizes = [10.0**decade for decade in range(first + 1, last + 1)][-4:]
+        bar.set_ticks([*(-size for size in reversed(sizes)), 0.0, *sizes], minor=False)
+        bar.minorticks_off()
+        bar.ax.yaxis.set_major_formatter("{x:.3g}")
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=7.5, length=2)
 

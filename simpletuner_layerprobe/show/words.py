@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from simpletuner_layerprobe.readings import WHOLE
+
 if TYPE_CHECKING:
     from simpletuner_layerprobe.run.manifest import Manifest
 
@@ -43,3 +45,8 @@ def capital(text: str) -> str:
 def share_text(share: float) -> str:
     """A share rounded down: "100%" means every single replicate."""
     return f"{math.floor(share * 100 + 1e-9)}%"
+
+
+def stream_text(stream: str) -> str:
+    """Where a stream's numbers are: "in the text stream", or "of whole blocks"."""
+    return "of whole blocks" if stream == WHOLE else f"in the {stream} stream"

@@ -31,8 +31,7 @@ def observed(trainer: Any, session: Session) -> AbstractContextManager[None]:
 
     @functools.wraps(predict)
     def model_predict(prepared_batch: dict, *args: Any, **kwargs: Any) -> Any:
-        with session.forward(model, prepared_batch):
-            return predict(prepared_batch, *args, **kwargs)
+        return session.forward(model, prepared_batch, lambda batch: predict(batch, *args, **kwargs))
 
     return _replaced(model, "model_predict", model_predict)
 

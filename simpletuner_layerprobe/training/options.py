@@ -10,6 +10,7 @@ from typing import Any
 from simpletuner_layerprobe.errors import ConfigError
 
 SIGMA_MODES = ("uniform", "stratified", "training")
+ABLATION_MODES = ("none", "blocks", "text", "both")
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,29 @@ OPTIONS = (
         step=1,
     ),
     Option(
+        "layerprobe_ablation",
+        "Leave blocks out",
+        "SELECT",
+        "none",
+        "For some samples, also run the forward again with one block left out, for every block, and log how much the "
+        "sample's loss rises. blocks: with all that the block does. text: only with what it does to the text stream.",
+        (
+            ("none", "Do not"),
+            ("blocks", "Whole blocks"),
+            ("text", "Their updates of the text stream"),
+            ("both", "Both, one after the other"),
+        ),
+    ),
+    Option(
+        "layerprobe_ablation_samples",
+        "Samples with blocks left out",
+        "NUMBER",
+        200,
+        "How many of the run's samples get that, spread evenly over the noise levels and the images. Each takes about "
+        "half as many forwards as the model has blocks.",
+        step=1,
+    ),
+    Option(
         "layerprobe_flush_seconds",
         "Probe flush interval (seconds)",
         "NUMBER",
@@ -133,7 +157,8 @@ class ProbeSettings:
     the blocks of an unknown model family. stop_when_stable: share of bootstrap replicates, below 1, that must agree
     with every factor for the run to end by itself, 0 if it does not. preset: whose factors these are, as the user wrote
     it (plugin.py reads it). residual: whether to record the blocks' updates. block_pairs: the most blocks in a row
-    whose distance is recorded, 0 or 1 for single blocks alone.
+    whose distance is recorded, 0 or 1 for single blocks alone. ablation: one of ABLATION_MODES, what is left out;
+    ablation_samples: in how many of the run's samples, 1 or more.
     """
 
     directory: str
@@ -145,6 +170,8 @@ class ProbeSettings:
     preset: str = "article"
     residual: bool = False
     block_pairs: int = 0
+    ablation: str = "none"
+    ablation_samples: int = 200
 
     @classmethod
     def from_config(cls, config: Any) -> ProbeSettings | None:
@@ -154,7 +181,7 @@ class ProbeSettings:
         directory = config.layerprobe_dir or os.path.join(config.output_dir, "layerprobe")
         return cls(
             directory=os.path.expanduser(str(directory)),
-            sigmas=_choice("layerprobe_sigmas", config.layerprobe_sigmas),
+            sigmas=_choice("layerprobe_sigmas", config.layerprobe_sigmas, SIGMA_MODES),
             samples=_whole_number("layerprobe_samples", config.layerprobe_samples),
             flush_seconds=_seconds("layerprobe_flush_seconds", config.layerprobe_flush_seconds),
             discover=bool(config.layerprobe_discover),
@@ -162,22 +189,24 @@ class ProbeSettings:
             preset="article" if config.layerprobe_preset is None else str(config.layerprobe_preset),
             residual=bool(config.layerprobe_residual),
             block_pairs=_whole_number("layerprobe_block_pairs", config.layerprobe_block_pairs),
+            ablation=_choice("layerprobe_ablation", config.layerprobe_ablation, ABLATION_MODES),
+            ablation_samples=_whole_number("layerprobe_ablation_samples", config.layerprobe_ablation_samples, 1),
         )
 
 
-def _choice(name: str, value: object) -> str:
-    if value not in SIGMA_MODES:
-        raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(SIGMA_MODES)}")
+def _choice(name: str, value: object, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
     return str(value)
 
 
-def _whole_number(name: str, value: Any) -> int:
+def _whole_number(name: str, value: Any, least: int = 0) -> int:
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
-        raise ConfigError(f"{name} is {value!r}; it must be a whole number, 0 or more") from None
-    if not (number >= 0 and number.is_integer()):
-        raise ConfigError(f"{name} is {value}; it must be a whole number, 0 or more")
+        raise ConfigError(f"{name} is {value!r}; it must be a whole number, {least} or more") from None
+    if not (number >= least and number.is_integer()):
+        raise ConfigError(f"{name} is {value}; it must be a whole number, {least} or more")
     return int(number)
 
 

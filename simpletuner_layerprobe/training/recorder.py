@@ -40,7 +40,8 @@ class Recorder:
         self.flushed = time.monotonic()
         self._writer = RecordWriter(directory, manifest, rank)
         self._buffer = RowBuffer({key: len(blocks) for key, blocks in manifest.columns().items()})
-        self._angles = [key for key in manifest.columns() if parse_reading(key[1]).complete]
+        readings = {key: parse_reading(key[1]) for key in manifest.columns()}
+        self._angles = [key for key, reading in readings.items() if reading.complete and not reading.ablation]
         self._noise = str(manifest.settings.get("noise", ""))
         self._unwritten: list[tuple[Rows, dict[str, str]]] = []
         self._seen = seen
@@ -51,15 +52,18 @@ class Recorder:
         self,
         distances: Mapping[tuple[str, str], torch.Tensor],
         sigma_B: torch.Tensor,
-        loss: torch.Tensor,
+        loss_B: torch.Tensor,
         text_tokens_B: torch.Tensor,
         facts: Mapping[str, Sequence[Any]],
         count: int,
     ) -> None:
-        """Keep the first `count` samples of a batch: distances (B, C) each. Nothing waits for the device."""
+        """Keep the first `count` samples of a batch: distances (B, C) each, none of a reading that was not taken.
+
+        Nothing waits for the device.
+        """
         with self._stop.not_now():
             facts = {**facts, "repeat": self._repeats(facts["image"], count)}
-            self._buffer.append(distances, sigma_B, loss, text_tokens_B, facts, count)
+            self._buffer.append(distances, sigma_B, loss_B, text_tokens_B, facts, count)
         if self._first:
             self._first = False
             self.check.require()  # once: a run that would be wrong ends after its first step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from simpletuner_layerprobe.probe.families import Family
 from simpletuner_layerprobe.probe.fingerprint import fingerprint
 from simpletuner_layerprobe.probe.modules import module_table
 from simpletuner_layerprobe.probe.observer import Observer
-from simpletuner_layerprobe.readings import TOKENS
+from simpletuner_layerprobe.readings import TOKENS, parse_reading
 from simpletuner_layerprobe.run.folder import write_new_file
 from simpletuner_layerprobe.run.load import RunData, load_run
 from simpletuner_layerprobe.run.lock import locked
@@ -37,13 +38,16 @@ from simpletuner_layerprobe.run.manifest import (
     utc_now,
 )
 from simpletuner_layerprobe.run.rows import UNKNOWN
+from simpletuner_layerprobe.training.ablation import Predict, StepAblation
 from simpletuner_layerprobe.training.facts import sample_facts, text_mask
 from simpletuner_layerprobe.training.goal import Goal
+from simpletuner_layerprobe.training.losses import predictions, sample_losses
 from simpletuner_layerprobe.training.noise import RULES, sigma_of
 from simpletuner_layerprobe.training.noise_check import NoiseCheck, how_checked
 from simpletuner_layerprobe.training.options import ProbeSettings
 from simpletuner_layerprobe.training.recorder import Recorder
 from simpletuner_layerprobe.training.sigmas import stratified_sigmas, uniform_sigmas
+from simpletuner_layerprobe.training.spread import Spread
 from simpletuner_layerprobe.training.stop import Stop
 from simpletuner_layerprobe.training.summary import LastLine, start_text
 
@@ -71,11 +75,12 @@ class Watcher(Protocol):
 
 @dataclass
 class _Step:
-    """One training step's forward: what its batch says, and the distances after it."""
+    """One training step's forward: what its batch says, and what is recorded of it."""
 
     sigma_B: torch.Tensor
     mask_BS: torch.Tensor | None
     facts: Mapping[str, Sequence[Any]]
+    loss_B: torch.Tensor
     distances: Mapping[tuple[str, str], torch.Tensor]
 
 
@@ -102,10 +107,14 @@ class Session:
         files = before.files if before else ()
         self._number = sum(file.samples for file in files if file.rank == self.goal.rank)
         self._seen = Counter(before.facts["image"].tolist() if before else ())
+        self._ablated = _ablated(before)
         if before and not self.goal.nothing_to_do:
             with self._alone():  # refused here, before the model is loaded, and not only when recording starts
                 pass
         self._observer: Observer
+        self._ablation: StepAblation | None = None
+        self._spread: Spread
+        self._drawn: NDArray[np.float64] | None = None
         self._armed = False
         self._step: _Step | None = None
         self._started = time.monotonic()
@@ -151,14 +160,21 @@ class Session:
 
     @contextmanager
     def recording(
-        self, denoiser: nn.Module, flavour: str, settings: Mapping[str, object], versions: Mapping[str, str]
+        self,
+        denoiser: nn.Module,
+        flavour: str,
+        settings: Mapping[str, object],
+        versions: Mapping[str, str],
+        to_come: float,
     ) -> Iterator[None]:
         """Hook the denoiser, open the run folder, keep the rows safe until the end, whatever ends it.
 
-        Raises RunError if the folder holds a run with other settings or of another model.
+        to_come: how many samples this rank will see at most. Raises RunError if the folder holds a run with other
+        settings or of another model.
         """
         residual, pairs = self.settings.residual, self.settings.block_pairs
         with Observer(denoiser, self.family, residual, pairs) as self._observer, self.stop.on_signals():
+            self._prepare_ablation(min(to_come, self.goal.quota))
             manifest = create_run(self.settings.directory, self._manifest(flavour, settings, versions))
             with self._alone():
                 if self.goal.rank == 0:
@@ -179,6 +195,15 @@ class Session:
                     self.recorder = None
                     recorder.close()
 
+    def _prepare_ablation(self, to_come: float) -> None:
+        """Which of the next samples of this rank, `to_come` at most, have blocks left out."""
+        if self.settings.ablation == "none":
+            return
+        self._ablation = StepAblation(self._observer, self.settings.ablation, self.idle_parameter.device)
+        left = max(0, self.settings.ablation_samples - self._ablated)
+        own = left // self.goal.ranks + (self.goal.rank < left % self.goal.ranks)
+        self._spread = Spread(own, to_come, seed=self.goal.rank)
+
     def _manifest(self, flavour: str, settings: Mapping[str, object], versions: Mapping[str, str]) -> Manifest:
         family, denoiser = self.family, self._observer.denoiser
         own = {"sigmas": self.settings.sigmas, "text": family.text, "noise": family.noise}
@@ -190,7 +215,7 @@ class Session:
             model_class=type(denoiser).__name__,
             streams=tuple(Stream(name, blocks) for name, blocks in self._observer.streams.items()),
             targets=tuple(Target(target.blocks, target.at_factor, target.at_double) for target in family.targets),
-            readings=(*TOKENS, *self._observer.extra),
+            readings=(*TOKENS, *self._observer.extra, *(self._ablation.readings if self._ablation else ())),
             modules=tuple(Module(*row) for row in module_table(denoiser)),
             versions=dict(versions),
             settings={**own, "noise_check": how_checked(family.name), **settings},
@@ -210,12 +235,10 @@ class Session:
         """The next forward is the one of a training step."""
         self._armed, self._step = True, None
 
-    @contextmanager
-    def forward(self, model: Any, batch: Mapping[str, Any]) -> Iterator[None]:
-        """Around a forward of SimpleTuner's `model` for a prepared batch: observed if armed, else let through."""
+    def forward(self, model: Any, batch: dict[str, Any], predict: Predict) -> Any:
+        """What `predict`, a forward of SimpleTuner's `model`, gives for a prepared batch: observed if armed."""
         if self.recorder is None or not self._armed:
-            yield
-            return
+            return predict(batch)
         self._armed = False
         # All of it before the forward: some families change the batch in theirs.
         sigma_B = sigma_of(RULES[self.family.noise], model, batch)
@@ -223,22 +246,29 @@ class Session:
         mask_BS, facts = text_mask(batch, count), sample_facts(batch, count)
         self.recorder.check.add(model, batch, sigma_B)
         self._observer.begin(batch, mask_BS)
-        yield
-        self._step = _Step(sigma_B, mask_BS, facts, self._observer.finish())
+        distances: dict[tuple[str, str], torch.Tensor] = {}
+        if self._ablation is not None and self._spread.choose(self._drawn_for(count), facts["image"]):
+            output, distances = self._ablation.run(model, batch, predict, self._observer.finish)
+        else:
+            output, distances = predict(batch), self._observer.finish()
+        made = predictions(self.family.target, model, batch, output)
+        loss_B = sample_losses(made) if made else torch.full_like(sigma_B, math.nan)
+        self._step = _Step(sigma_B, mask_BS, facts, loss_B, distances)
+        return output
 
-    def commit(self, loss: torch.Tensor) -> None:
+    def commit(self) -> None:
         """Keep the rows of the armed step. Raises SeamError if it ran no forward, or one with other samples."""
         step, recorder = self._step, self.recorder
         if step is None or recorder is None:
             raise SeamError("the training step ran no forward of the model; there is nothing to record")
         count = len(step.sigma_B)
-        sizes = {len(value) for value in step.distances.values()}
+        sizes = {len(value) for value in (step.loss_B, *step.distances.values())}
         if sizes != {count}:
             raise SeamError(f"the model's forward gave {sorted(sizes)} rows for a batch of {count} samples")
         unknown_B = torch.full((count,), UNKNOWN["text_tokens"], dtype=torch.int32, device=step.sigma_B.device)
         tokens_B = unknown_B if step.mask_BS is None else step.mask_BS.sum(dim=1)
         kept = self.goal.keep(count)
-        recorder.keep(step.distances, step.sigma_B, loss, tokens_B, step.facts, kept)
+        recorder.keep(step.distances, step.sigma_B, step.loss_B, tokens_B, step.facts, kept)
         self._number += kept
         self._step = None
         if time.monotonic() - recorder.flushed >= self.settings.flush_seconds:
@@ -249,7 +279,12 @@ class Session:
     def draw_sigmas(self, count: int, seed: int) -> NDArray[np.float64]:
         """The sigmas of the next `count` samples of this rank, (count,) in [0, 1): the same until these are kept."""
         draw = uniform_sigmas if self.settings.sigmas == "uniform" else stratified_sigmas
-        return draw(range(self._number, self._number + count), seed=seed, rank=self.goal.rank)
+        self._drawn = draw(range(self._number, self._number + count), seed=seed, rank=self.goal.rank)
+        return self._drawn
+
+    def _drawn_for(self, count: int) -> list[float] | None:
+        """The sigmas of the batch if the probe drew them: what the host knows of them without asking the device."""
+        return self._drawn.tolist() if self._drawn is not None and len(self._drawn) == count else None
 
     def end(self, wait_for_everyone: Callable[[], None]) -> None:
         """After the loop, on every rank: write the last rows, let the watchers look, count for the last line."""
@@ -271,4 +306,11 @@ class Session:
     def start_text(self, device: str) -> str:
         """What the user is told at the start."""
         observer = self._observer
-        return start_text(self.settings, self.goal, observer.streams, observer.extra, self.changed, device)
+        forwards = self._ablation.forwards if self._ablation else 0
+        return start_text(self.settings, self.goal, observer.streams, observer.extra, self.changed, device, forwards)
+
+
+def _ablated(run: RunData | None) -> int:
+    """How many samples of a run have blocks left out."""
+    ablations = [key for key in run.manifest.columns() if parse_reading(key[1]).ablation] if run else []
+    return int((~np.isnan(run.distances(*ablations[0]))).any(axis=1).sum()) if run and ablations else 0

@@ -17,8 +17,12 @@ def start_text(
     extra: Sequence[str],
     changed: Sequence[str],
     device: str,
+    forwards: float,
 ) -> str:
-    """What the probe records (streams: name -> blocks; extra: further readings) and what it switched off."""
+    """What the probe records (streams: name -> blocks; extra: further readings) and what it switched off.
+
+    forwards: how many a sample with blocks left out takes, 0 if none are.
+    """
     blocks = ", ".join(f"{len(paths)} {stream}" for stream, paths in streams.items())
     lines = [
         f"layerprobe: probe-only run, nothing is trained. Blocks: {blocks}. Sigmas: {settings.sigmas}. "
@@ -28,6 +32,12 @@ def start_text(
     ]
     if extra:
         lines.append(f"layerprobe: further readings: {', '.join(extra)}")
+    if forwards:
+        what = {"blocks": "whole blocks", "text": "text updates", "both": "whole blocks and text updates"}
+        lines.append(
+            f"layerprobe: {what[settings.ablation]} are left out in {settings.ablation_samples} samples, which take "
+            f"{forwards:.1f} forwards each"
+        )
     if settings.stop_when_stable:
         lines.append(
             f"layerprobe: ends by itself when every factor of the preset {settings.preset} is agreed by "

@@ -241,7 +241,7 @@ def _compute_model_prediction_loss(original: Any, session: Session, self: Any, p
     session.arm()
     with torch.no_grad():
         result = original(self, prepared_batch)
-    session.commit(loss=result[2])
+    session.commit()
     self.config.max_train_steps = session.last_step(self.state["global_step"], self.config.max_train_steps)
     # The loop ends a training at a loss that is not finite; a probe counts such a sample and goes on.
     return (torch.nan_to_num(result[0], nan=0.0, posinf=0.0, neginf=0.0), *result[1:])
@@ -274,8 +274,8 @@ def train(original: Any, session: Session, self: Any) -> None:
     self.hub_manager = None
     config, goal = self.config, session.goal
     config.model_type = overrides.LOOP_MODEL_TYPE
+    per_step = max(1, int(config.train_batch_size)) * goal.ranks * max(1, config.gradient_accumulation_steps)
     if goal.samples:
-        per_step = max(1, int(config.train_batch_size)) * goal.ranks * max(1, config.gradient_accumulation_steps)
         config.max_train_steps = math.ceil((goal.samples - goal.recorded) / per_step)
         config.strict_epoch_limit = False
     denoiser = self.model.get_trained_component()
@@ -288,6 +288,7 @@ def train(original: Any, session: Session, self: Any) -> None:
             flavour=str(config.model_flavour or ""),
             settings=settings | {"assistant_lora": session.assistant},
             versions=versions | {"simpletuner-layerprobe": __version__},
+            to_come=config.max_train_steps * per_step / goal.ranks,
         ),
         loop.observed(self, session),
         loop.no_backward(self, session),

@@ -134,7 +134,7 @@ class Denoiser(nn.Module):
         return x
 
 
-def entry(result: int | None = None, tokens: str = "all_tokens", call: str = "") -> Family:
+def entry(result: int | str | None = None, tokens: str = "all_tokens", call: str = "") -> Family:
     """The table's entry for a Denoiser of one stream."""
     return Family("small", (BlockList("blocks.*", (StreamSeam("image", "hidden_states", result, tokens),), call),))
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from command_line import TINY
-from synthetic_run import sd3_modules, write_run
+from synthetic_run import sd3_modules, write_ablated_run, write_run
 
 import simpletuner_layerprobe as layerprobe
 
@@ -26,6 +26,9 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     for name, seed in (("sd35", 1), ("sd35-trained", 2)):
         path = folder / "output" / name / "layerprobe"
         write_run(path, TINY, 400, modules=sd3_modules(6), images=40, seed=seed)
+    write_ablated_run(
+        folder / "output" / "sd35-ablated" / "layerprobe", TINY, 600, [0.1, 0.02, 0.02, 0.03, 0.02, 0.001]
+    )
     left: dict[str, Any] = {}
     before = Path.cwd()
     os.chdir(folder)
@@ -61,6 +64,11 @@ def test_the_page_runs_and_its_shapes_are_right(names: dict[str, Any]) -> None:
     assert comparison.streams["image"].levels.difference.shape == (6,)
     assert comparison.streams["image"].cells.significant.shape == (10, 6)
     assert len(comparison.factors.verdict_K) == 6
+    ablation = names["ablation"]
+    assert (ablation.needed, ablation.hardly) == ((0,), (5,)) and ablation.loss_TL.shape == (10, 6)
+    assert all(part_L.shape == (6,) for part_L in vars(ablation.loss).values())
+    assert set(ablation.told) == {"image", "text"} and ablation.text.loss.value_L.shape == (5,)
+    assert names["alike"].correlation <= 1
     seen = names["seen"]
     assert {stream: len(blocks) for stream, blocks in seen.streams.items()} == {"image": 3, "text": 2}
     assert tuple(seen.distances("image", "mean").shape) == (2, 3)

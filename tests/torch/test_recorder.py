@@ -36,7 +36,9 @@ def keep(target: Recorder, sigmas: list[float], images: list[int] | None = None,
     facts = sample_facts({}, count) | {"image": images or [0] * count}
     distances = {("image", "last"): options.get("distances", torch.full((count, 2), 0.25))}
     tokens_B = torch.full((count,), -1, dtype=torch.int32)
-    target.keep(distances, torch.tensor(sigmas), torch.tensor(0.5), tokens_B, facts, options.get("count", count))
+    target.keep(
+        distances, torch.tensor(sigmas), torch.full((count,), 0.5), tokens_B, facts, options.get("count", count)
+    )
 
 
 def test_rows_and_how_often_their_images_came_before(tmp_path):

@@ -9,7 +9,7 @@ from simpletuner_layerprobe.probe.rows import RowBuffer
 
 COLUMNS = {("image", "last"): 3, ("text", "last"): 2}
 IMAGE, TEXT = ("image", "last"), ("text", "last")
-LOSS = torch.tensor(0.5)
+LOSS = torch.tensor([0.5, 0.25, 0.125])
 
 
 def facts(backend: str) -> dict[str, list]:
@@ -36,7 +36,7 @@ def test_rows_come_back_as_they_went_in():
     assert list(rows["distances"]) == list(COLUMNS)
     assert rows["sigma"].tolist() == [-0.25, 1.5, 1.0, -0.25]  # each a float32
     assert rows["sigma"].dtype == np.float64
-    assert rows["loss"].tolist() == [0.5, 0.5, 0.5, 1.5] and rows["loss"].dtype == np.float32
+    assert rows["loss"].tolist() == [0.5, 0.25, 0.125, 1.5] and rows["loss"].dtype == np.float32
     assert rows["facts"].pop("text_tokens").tolist() == [3, 5, 9, 3]
     assert rows["facts"] == {
         "image": [2**64 - 1, 7, 0, 2**64 - 1],
@@ -46,6 +46,9 @@ def test_rows_come_back_as_they_went_in():
     }
     buffer.append(values, sigma, LOSS, tokens, facts("c"), keep=2)
     assert buffer.take()["facts"]["backend"] == ["c", "c"]
+    buffer.append({IMAGE: values[IMAGE]}, sigma, LOSS, tokens, facts("d"), keep=2)  # a reading that was not taken
+    rows = buffer.take()
+    assert np.isnan(rows["distances"][TEXT]).all() and not np.isnan(rows["distances"][IMAGE]).any()
 
 
 def test_one_transfer_a_flush(monkeypatch):

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from failing import fails
-from small import DOUBLE_AND_JOINT, FluxLike
-from synthetic_run import manifest, rows, write_run
+from small import DOUBLE_AND_JOINT, SMALL, Add, Denoiser, FluxLike
+from synthetic_run import manifest, rows, write_ablated_run, write_run
 from test_run_lock import holding
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from simpletuner_layerprobe.probe.fingerprint import fingerprint
-from simpletuner_layerprobe.run.load import load_run
+from simpletuner_layerprobe.probe.observer import Observer
+from simpletuner_layerprobe.run.load import RunData, load_run
 from simpletuner_layerprobe.run.manifest import create_run
 from simpletuner_layerprobe.run.records import RecordWriter
+from simpletuner_layerprobe.training.ablation import StepAblation
 from simpletuner_layerprobe.training.options import ProbeSettings
 from simpletuner_layerprobe.training.session import Session
 
@@ -104,7 +107,7 @@ def test_a_step_without_a_forward_is_said(tmp_path, monkeypatch):
     run = session(tmp_path, monkeypatch)
     run.arm()
     with fails("the training step ran no forward of the model"):
-        run.commit(torch.tensor(0.0))
+        run.commit()
 
 
 def test_a_rank_is_recorded_by_one_process_at_a_time(tmp_path, monkeypatch):
@@ -150,36 +153,118 @@ class CountWaits(TorchDispatchMode):
         return counted
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.waits += function.overloadpacket.__name__ in self.WAITS
+        of_generator = torch.is_tensor(args[0]) and args[0].dtype == torch.uint8 if args else False  # on the host
+        self.waits += function.overloadpacket.__name__ in self.WAITS and not of_generator
         return function(*args, **(kwargs or {}))
 
 
+def predicting(model: FluxLike) -> tuple[Any, Any]:
+    """SimpleTuner's model, as far as the probe asks it, and its forward."""
+    states: list[Any] = []
+
+    def predict(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        states.clear()
+        model(batch["image"], batch["text"], keep=states)
+        return {"model_prediction": states[-1][0] + states[-1][1].mean()}
+
+    return SimpleNamespace(get_prediction_target=lambda batch: batch["image"] * 0.5), predict
+
+
 def test_a_step_is_recorded_without_waiting_for_the_device(tmp_path, monkeypatch):
-    """Beside the first, after which the noise is checked once, and the flushes."""
-    run = session(tmp_path, monkeypatch, flush_seconds=1000)
+    """Beside the first, after which the noise is checked once, and the flushes; with blocks left out too."""
+    plain = recorded_steps(tmp_path / "plain", monkeypatch)
+    ablated = recorded_steps(tmp_path / "ablated", monkeypatch, ablation="both", ablation_samples=4)
+    for key in (("image", "last"), ("image", "mean"), ("text", "last"), ("text", "mean")):
+        assert np.array_equal(plain.distances(*key), ablated.distances(*key))  # bit for bit
+    assert np.array_equal(plain.loss, ablated.loss) and len(np.unique(plain.loss)) == 8
+    increase_NL = ablated.distances("block", "ablation")
+    taken_N = ~np.isnan(increase_NL).any(axis=1)
+    assert taken_N.sum() == 4 and np.isfinite(increase_NL[taken_N]).all() and np.isnan(increase_NL[~taken_N]).all()
+    assert ablated.distances("text", "ablation_text").shape == (8, 5)
+
+
+def recorded_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> RunData:
+    """Four steps of two samples, with nothing to wait for in any but the first."""
+    run = session(tmp_path, monkeypatch, flush_seconds=1000, **settings)
     run.family = DOUBLE_AND_JOINT
+    run.idle_parameter = torch.nn.Parameter(torch.zeros(()))
+    torch.manual_seed(0)
     model = FluxLike()
+    simpletuner_model, predict = predicting(model)
     counted = CountWaits(monkeypatch)
-    with torch.no_grad(), run.recording(model, "", {}, {}):
+    with torch.no_grad(), run.recording(model, "", {}, {}, to_come=8):
         waits = [counted.waits]
-        for step in range(4):
+        for _ in range(4):
             sigma_B = torch.tensor([0.25, 0.75])
             latents, noise = torch.randn(2, 2, 4, 8, 8).unbind()
             grid = sigma_B.view(-1, 1, 1, 1)
             batch = {"sigmas": sigma_B, "latents": latents, "noise": noise, "prompts": ["a cat", ""]}
             batch["noisy_latents"] = (1 - grid) * latents + grid * noise
+            batch |= {"image": torch.randn(2, 5, 6), "text": torch.randn(2, 3, 6)}
             with counted:
                 run.arm()
-                with run.forward(None, batch):
-                    model(torch.randn(2, 5, 6), torch.randn(2, 3, 6))
-                run.commit(torch.tensor(float(step)))
+                run.forward(simpletuner_model, batch, predict)
+                run.commit()
             waits.append(counted.waits)
         with counted:
             assert torch.ones(()).item() == 1
         assert counted.waits == waits[-1] + 1  # it counts
     assert np.diff(waits).tolist() == [1, 0, 0, 0]
     recorded = load_run(tmp_path / "run")
-    assert recorded.sigma.tolist() == [0.25, 0.75] * 4 and recorded.loss.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert recorded.sigma.tolist() == [0.25, 0.75] * 4
     assert recorded.facts["caption_words"].tolist() == [2, 0] * 4
     assert recorded.facts["dropped"].tolist() == [0, 1] * 4
     assert recorded.facts["text_tokens"].tolist() == [-1] * 8
+    monkeypatch.undo()
+    return recorded
+
+
+def test_what_an_earlier_start_left_out_counts(tmp_path, monkeypatch):
+    write_ablated_run(tmp_path / "run", {"image": ("a", "b")}, 30, (0.5, 0.1))  # of every third sample
+    assert session(tmp_path, monkeypatch)._ablated == 10
+
+
+@pytest.mark.parametrize(
+    ("family", "predict", "message"),
+    [
+        (SMALL, lambda batch: {"model_prediction": batch["x"]}, "layerprobe_ablation is 'text', but no block of"),
+        (DOUBLE_AND_JOINT, lambda batch: {}, "predicts cannot be compared with its target"),
+        (DOUBLE_AND_JOINT, lambda batch: batch["x"].add_(1), "the forward changed 'x' of the batch in place"),
+    ],
+)
+def test_a_model_whose_blocks_cannot_be_left_out_is_refused(family, predict, message):
+    model = FluxLike() if family is DOUBLE_AND_JOINT else Denoiser(Add())
+    with Observer(model, family) as observer, fails(message):
+        step = StepAblation(observer, "text", torch.device("cpu"))
+        step.run(SimpleNamespace(), {"x": torch.zeros(2)}, predict, dict)
+
+
+def test_the_batch_and_the_random_numbers_are_as_a_plain_forward_leaves_them():
+    """Also of a family that takes keys out of the batch and draws in its forward."""
+    torch.manual_seed(0)
+    model = FluxLike()
+    simpletuner_model, predict = predicting(model)
+
+    def taking(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        assert batch["list"] == [1, 2] and batch.pop("once") == "here"
+        batch["list"].append(torch.rand(1))
+        output = predict(batch)
+        return {"model_prediction": output["model_prediction"] + torch.rand(1)}
+
+    def prepared() -> dict[str, Any]:
+        torch.manual_seed(1)
+        return {"image": torch.randn(2, 5, 6), "text": torch.randn(2, 3, 6), "once": "here", "list": [1, 2]}
+
+    plain = prepared()
+    taking(plain)
+    expected = torch.get_rng_state()
+    batch = prepared()
+    with Observer(model, DOUBLE_AND_JOINT) as observer, torch.no_grad():
+        observer.begin(batch)
+        step = StepAblation(observer, "blocks", torch.device("cpu"))
+        _, values = step.run(simpletuner_model, batch, taking, observer.finish)
+    assert torch.equal(torch.get_rng_state(), expected)
+    assert batch.keys() == plain.keys() and len(batch["list"]) == 3
+    assert step.forwards == 3 and step.ablation.runs == 15
+    # The last block's update of the text is all that reaches the prediction beside the image.
+    assert values["block", "ablation"].shape == (2, 5) and (values["block", "ablation_change"] > 0).all()

@@ -112,6 +112,43 @@ def test_many_sets_of_heatmaps_are_each_taken_like_one() -> None:
             assert np.array_equal(apart[name][r], value_L)
 
 
+def by_ablation(mean_TL: Any, percentile: float = 90) -> Any:
+    """The contributions of loss increases, in plain numpy: negative ones count as 0, then the article's recipe."""
+    counted_TL = np.where(np.asarray(mean_TL) > 0, mean_TL, 0.0)
+    clipped_TL = np.minimum(counted_TL, np.percentile(counted_TL, percentile))
+    average_L = clipped_TL.sum(axis=0) / len(clipped_TL)
+    return (average_L - average_L.min()) / (average_L.max() - average_L.min())
+
+
+@pytest.mark.parametrize("percentile", [90, 50, 100])
+def test_a_negative_mean_counts_as_zero_before_the_percentile_and_the_average(percentile: float) -> None:
+    random = np.random.default_rng(4)
+    mean_RTL = random.normal(0.02, 0.1, (3, 10, 6)) + np.array([0.3, 0, -0.1, 0.2, 0, 0.05])
+    assert (mean_RTL < 0).sum() > 30
+    many_RL = article_values({"block": mean_RTL}, {"block": tuple("abcdef")}, clip_percentile=percentile)
+    for value_L, mean_TL in zip(many_RL, mean_RTL, strict=True):
+        made = article_contributions({"block": heatmap("block", "abcdef", mean_TL)}, clip_percentile=percentile)
+        np.testing.assert_allclose(made.value_L, by_ablation(mean_TL, percentile), atol=1e-12)
+        assert np.array_equal(made.value_L, value_L)
+    with pytest.raises(ProbeError, match="all 2 blocks have the same contribution"):
+        article_contributions({"block": heatmap("block", "ab", [[-0.1, -0.2], [-0.3, 0.0]])})
+
+
+def test_the_least_are_those_of_the_lowest_contribution_and_then_number() -> None:
+    made = article_contributions({"block": heatmap("block", "abcdef", [-0.1, 0.3, 0.1, -0.2, 0.2, 0.1])})
+    assert [made.least(count) for count in range(1, 7)] == [
+        (0,),
+        (0, 3),
+        (0, 2, 3),
+        (0, 2, 3, 5),
+        (0, 2, 3, 4, 5),
+        (0, 1, 2, 3, 4, 5),
+    ]
+    for count in (0, 7):
+        with pytest.raises(ProbeError, match=f"the {count} blocks that contribute least .*; there are 6 blocks"):
+            made.least(count)
+
+
 def heatmap(stream: str, blocks: str, values: Any, counts: Any = None) -> Heatmap:
     mean_TL = np.atleast_2d(np.asarray(values, dtype=np.float64))
     T = len(mean_TL)
@@ -223,6 +260,12 @@ def test_empty_bins_play_no_part_in_finding_critical_blocks() -> None:
     level = [0.10, 0.11, 0.12, 0.13, 0.14, 0.15, 0.16, 0.17, 0.9]
     made_of = critical_blocks({"image": heatmap("image", "abcdefghi", [level, [0.0] * 9], counts=[4, 0])})
     assert made_of == {"image": (8,)}
+
+
+def test_a_negative_mean_counts_as_zero_for_critical_blocks() -> None:
+    # Without the zeros Q1 is lower and the fence higher: 0.25 + 3 * 0.45.
+    level = [-0.2, -0.2, -0.2, 0.0, 0.05, 0.1, 0.25, 0.25, 1.1]
+    assert critical_blocks({"block": heatmap("block", "abcdefghi", level)}) == {"block": (8,)}
 
 
 def test_critical_numbers_count_all_blocks_and_the_union_is_sorted() -> None:

@@ -212,7 +212,7 @@ def test_every_finding_has_its_numbers_and_words() -> None:
     assert section(samples, "least").notes[0].startswith("the lowest block is b.9, mean 0.0")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "needed", "hardly"])
 def test_every_kind_has_a_title_and_words(kind: str) -> None:
     finding = Finding(kind, "image", ("b.1",), 0, 1, 0.2, 0.1, 0.3, "", 1e-9, 1.0, 0.1, 100, "photos")
     assert TITLES[kind] and "0.2" in words(finding).replace("20%", "0.2")

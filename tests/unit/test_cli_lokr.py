@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 from command_line import TINY, Result, assert_one_line, snapshot
-from synthetic_run import SD35_LARGE, manifest, records, rows, sd3_modules, write_rows, write_run
+from failing import fails
+from synthetic_run import SD35_LARGE, manifest, records, rows, sd3_modules, write_ablated_run, write_rows, write_run
 
 import simpletuner_layerprobe as layerprobe_api
 from simpletuner_layerprobe.lokr.plan import Plan
@@ -96,11 +97,12 @@ def test_the_parameters_are_those_that_lycoris_makes(layerprobe: Command, tiny_r
     lines = shown.out.splitlines()
     assert [int(line.split()[8].replace(",", "")) for line in lines[1:7]] == expected
     assert f"{sum(expected):,}" in lines[7] and lines[7].endswith("MB in bf16")
-    assert "feed-forward and modulation get the factor, attention twice the factor" in lines[8]
-    assert "settled for images like these 40" in lines[9]
-    assert "verified: LyCORIS" in lines[10] and "all 41 modules" in lines[10]
-    assert lines[11] == f"written: {out}"
-    assert lines[12].startswith(f'next: set "lycoris_config": "{out}"')
+    assert lines[8] == "by       angle of the last token; 400 samples of 40 images"
+    assert "feed-forward and modulation get the factor, attention twice the factor" in lines[9]
+    assert "settled for images like these 40" in lines[10]
+    assert "verified: LyCORIS" in lines[11] and "all 41 modules" in lines[11]
+    assert lines[12] == f"written: {out}"
+    assert lines[13].startswith(f'next: set "lycoris_config": "{out}"')
 
 
 def test_json_is_all_that_is_printed(layerprobe: Command, tiny_run: Path, tmp_path: Path) -> None:
@@ -242,6 +244,168 @@ def test_the_runs_own_preset_is_planned_unless_another_is_named(layerprobe: Comm
     shown = layerprobe("lokr", tiny_run, "--params", "1B")
     assert shown.code == 0
     assert "the budget is 1,000,000,000: the largest plan of this kind has" in shown.err
+
+
+# By ablation, and the least needed blocks
+
+NEEDED = (0.3, 0.0, 0.1, 0.002, 0.25, 0.05)
+TURNED = (0.05, 0.3, 0.1, 0.2, 0.1, 0.25)
+
+
+@pytest.fixture
+def ablated_run(tmp_path: Path) -> Path:
+    """Blocks 0 and 4 are needed most, 1 and 3 idle; the angle says otherwise."""
+    return write_ablated_run(
+        tmp_path / "ablated", TINY, 900, NEEDED, angles=TURNED, modules=sd3_modules(6), text_share=-1.0
+    ).path
+
+
+def ablation_reference(run: RunData) -> Any:
+    """Contributions from the recorded loss increases, sample by sample: negative cells 0, clip, mean, min-max."""
+    change_NL = run.distances("block", "ablation").astype(np.float64)
+    taken_N = np.isfinite(change_NL[:, 0])
+    t_N = np.minimum((run.sigma[taken_N] * 10).astype(int), 9)
+    mean_TL = np.stack([change_NL[taken_N][t_N == t].mean(axis=0) for t in range(10)])
+    mean_TL[mean_TL < 0] = 0
+    average_L = np.minimum(mean_TL, np.percentile(mean_TL, 90)).mean(axis=0)
+    return (average_L - average_L.min()) / (average_L.max() - average_L.min())
+
+
+def test_by_ablation_the_needed_blocks_get_most(layerprobe: Command, ablated_run: Path, tmp_path: Path) -> None:
+    reference_L = ablation_reference(layerprobe_api.load(ablated_run).data)
+    for goal in (("--preset", "article"), ("--params", "60k"), ("--params", "200k", "--critical", "2")):
+        out = tmp_path / "config.json"
+        told = layerprobe("lokr", ablated_run, "--by", "ablation", *goal, "--json", "--out", out, "--force").json
+        value_L = np.array([block["contribution"] for block in told["blocks"]])
+        np.testing.assert_allclose(value_L, reference_L, atol=1e-12)
+        parameters = [block["parameters"] for block in told["blocks"]][:5]  # the last block has less to adapt
+        assert {0, 4} <= {*np.argsort(parameters)[-3:].tolist()} and {*np.argsort(parameters)[:2].tolist()} == {1, 3}
+        assert built(out, ablated_run) == told["parameters"] and told["by"] == "ablation"
+        assert all(block["measured"] for block in told["blocks"])
+    turned = layerprobe("lokr", ablated_run, "--params", "60k", "--direction", "more-change-less-capacity")
+    assert turned.out != layerprobe("lokr", ablated_run, "--params", "60k", "--by", "ablation").out
+    plan = layerprobe_api.plan(layerprobe_api.load(ablated_run), reading="ablation", preset="article")
+    assert plan.block_factors[0] == 1 and plan.block_factors[1] == 12
+    shown = layerprobe("lokr", ablated_run, "--by", "ablation").out
+    line = "by       ablation, the loss increase with a block left out (a negative one counts as 0); 300 samples of 20"
+    assert f"\n{line} images\n" in shown and "settled for images like these 20" in shown
+
+
+def test_by_angle_is_the_default_and_says_so(layerprobe: Command, ablated_run: Path, tiny_run: Path) -> None:
+    for options, said in (((), "angle of the last token"), (("--tokens", "mean"), "angle, mean over the tokens")):
+        plain = layerprobe("lokr", ablated_run, *options)
+        assert f"\nby       {said}; 900 samples of 20 images\n" in plain.out
+        assert layerprobe("lokr", ablated_run, "--by", "angle", *options).out == plain.out
+    assert layerprobe("lokr", tiny_run, "--json").json["by"] == "angle"
+
+
+@pytest.mark.parametrize("algo", ["lokr", "loha", "lora"])
+def test_the_least_needed_blocks_are_frozen(layerprobe: Command, ablated_run: Path, tmp_path: Path, algo: str) -> None:
+    of = ("lokr", ablated_run, "--by", "ablation", "--algo", algo)
+    whole, told = layerprobe(*of, "--json").json, layerprobe(*of, "--freeze", "least:2", "--json").json
+    assert [block["number"] for block in told["blocks"] if not block["parameters"]] == [1, 3]
+    assert told["frozen"] == {
+        "blocks": [1, 3],
+        "least": [1, 3],
+        "least_agreement": 1.0,
+        "modules": 14,
+        "parameters_without_freezing": whole["parameters"],
+    }
+    assert whole["frozen"] is None
+    gone = sum(whole["blocks"][number]["parameters"] for number in (1, 3))
+    assert told["parameters"] == whole["parameters"] - gone
+    shown = layerprobe(*of, "--freeze", "least:2").out
+    assert (
+        f"\nfrozen   blocks 1 and 3: 14 modules without an adapter; {gone:,} parameters fewer than without "
+        f"({whole['parameters']:,}); what it saves in time is not measured\n"
+        "least    blocks 1 and 3 contribute least; 100% of the replicates name the same\n"
+    ) in shown
+    assert "gives all 27 modules" in shown
+    if algo != "lora":
+        out = tmp_path / "config.json"
+        assert layerprobe(*of, "--freeze", "least:2", "--out", out).code == 0
+        assert built(out, ablated_run) == told["parameters"]
+        assert not any(
+            name.split(".")[1] in "13" for name in json.loads(out.read_text())["apply_preset"]["name_algo_map"]
+        )
+
+
+def test_least_beside_numbers_with_a_budget_and_by_angle(layerprobe: Command, ablated_run: Path) -> None:
+    options = ("--by", "ablation", "--params", "60k", "--freeze", "least:1, 0-1")
+    told = layerprobe("lokr", ablated_run, *options, "--json").json
+    assert (told["frozen"]["blocks"], told["frozen"]["least"]) == ([0, 1], [1])
+    assert abs(told["parameters"] - 60_000) <= 60
+    shown = layerprobe("lokr", ablated_run, *options).out
+    assert "blocks 0 and 1: 14 modules without an adapter, and the budget goes to the other blocks; " in shown
+    assert "\nleast    block 1 contributes least; 100% of" in shown
+    assert layerprobe("lokr", ablated_run, "--freeze", "least:1", "--json").json["frozen"]["blocks"] == [0]
+    by_number = layerprobe("lokr", ablated_run, "--freeze", "2").out
+    assert "\nfrozen   block 2: 7 modules" in by_number and "\nleast " not in by_number
+    of = ("lokr", "--model", "sd35-medium", "--params", "50M", "--freeze", "0")
+    told = layerprobe(*of, "--json").json
+    assert told["by"] is told["frozen"]["least_agreement"] is None and told["frozen"]["modules"] > 0
+
+
+def test_a_block_that_cannot_be_adapted_saves_nothing_that_is_known(layerprobe: Command, tmp_path: Path) -> None:
+    modules = [module for module in sd3_modules(6) if ".2." not in module.name]
+    run = write_run(tmp_path / "run", TINY, 400, modules=modules, images=40).path
+    assert_one_line(layerprobe("lokr", run), 1, "no linear or conv layer that can be adapted in block")
+    assert "\nfrozen   block 2; what it saves in time is not measured\n" in layerprobe("lokr", run, "--freeze", "2").out
+
+
+@pytest.mark.parametrize(
+    ("code", "arguments", "said"),
+    [
+        (2, ("--freeze", "least:0"), "--freeze: 'least:0': expected least:N once, with a whole number from 1"),
+        (2, ("--freeze", "least:x"), "--freeze: 'least:x': expected least:N once"),
+        (2, ("--freeze", "least"), "--freeze: 'least': expected least:N once"),
+        (2, ("--freeze", "least:-1"), "--freeze: 'least:-1': expected least:N once"),
+        (2, ("--freeze", "least:1,0,least:2"), "expected least:N once"),
+        (2, ("--freeze", "least:1,3-1"), "'3-1' is not a list of block numbers"),
+        (2, ("--freeze", "least:1,"), "'' is not a list of block numbers"),
+        (2, ("--tokens", "mean"), "--tokens chooses between readings of the angle"),
+        (2, ("--by", "loss"), "--by: invalid choice: 'loss'"),
+        (1, ("--freeze", "least:99"), "the 99 blocks that contribute least are asked for; there are 6 blocks"),
+        (1, ("--freeze", "least:6"), "all blocks are frozen"),
+        (1, ("--freeze", "0,2,4-5,least:2"), "all blocks are frozen"),
+        (1, ("--freeze", "least:2", "--critical", "0,3"), "block 3 is frozen and critical"),
+        (1, ("--params", "60k", "--per-stream"), "plans per stream go by the angle"),
+    ],
+)
+def test_what_least_and_ablation_cannot_do_is_one_line(
+    layerprobe: Command, ablated_run: Path, tmp_path: Path, code: int, arguments: tuple[str, ...], said: str
+) -> None:
+    before = snapshot(tmp_path)
+    assert_one_line(layerprobe("lokr", ablated_run, "--by", "ablation", *arguments), code, said)
+    assert snapshot(tmp_path) == before
+
+
+def test_a_run_without_ablation_is_one_line(
+    layerprobe: Command, tiny_run: Path, ablated_run: Path, tmp_path: Path
+) -> None:
+    article = tmp_path / "records.jsonl"
+    assert layerprobe("export", tiny_run, article).code == 0
+    only_text = write_rows(
+        tmp_path / "text",
+        manifest(TINY, readings=("last", "ablation_text"), modules=sd3_modules(6)),
+        rows(
+            [0.5],
+            {(name, "last"): np.ones((1, len(blocks))) for name, blocks in TINY.items()}
+            | {("text", "ablation_text"): np.ones((1, 5))},
+        ),
+    ).path
+    for run in (tiny_run, article, only_text):
+        said = (
+            f"{run} was recorded without ablation of whole blocks; record it with layerprobe_ablation: blocks, or use"
+        )
+        for options in ((), ("--params", "60k", "--per-stream"), ("--freeze", "least:2")):
+            shown = layerprobe("lokr", run, "--by", "ablation", *options)
+            assert_one_line(shown, 1, f"{said} --by angle")
+    for options in (("--by", "ablation"), ("--freeze", "least:2")):
+        shown = layerprobe("lokr", "--model", "sd35-medium", "--params", "1M", *options)
+        assert_one_line(shown, 2, "go by what was measured: give RUN")
+    with fails("ablation_text is of the text stream alone; a plan is of whole blocks"):
+        layerprobe_api.plan(layerprobe_api.load(ablated_run), reading="ablation_text")
 
 
 # Ranks, and plans without a run

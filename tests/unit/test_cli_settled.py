@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command_line import TINY, Result
-from synthetic_run import manifest, rows, sd3_modules, write_rows, write_run
+from synthetic_run import manifest, rows, sd3_modules, write_ablated_run, write_rows, write_run
 
 import simpletuner_layerprobe as layerprobe_api
 from simpletuner_layerprobe.analyse.bootstrap import Bootstrap
@@ -30,7 +30,7 @@ def settled(text: str) -> str:
     return match[0].strip()
 
 
-def replicates_of(run: layerprobe_api.Run, **plan: object) -> list[bool]:
+def replicates_of(run: layerprobe_api.Run, reading: str = "last") -> list[bool]:
     """Which factors are settled, worked out replicate by replicate with the planner itself, for the recipe."""
 
     def realised(heatmaps: dict[str, Heatmap]) -> list[tuple[object, ...]]:
@@ -38,12 +38,12 @@ def replicates_of(run: layerprobe_api.Run, **plan: object) -> list[bool]:
         adapters = [(group.number, [made.intended[m.name].tensors for m in group.modules]) for group in made.groups]
         return [tuple(str(a) for number, a in adapters if number == block) for block in range(len(made.blocks))]
 
-    bootstrap = Bootstrap.of(run.samples_in(), bins=10, replicates=400)
-    own = realised(run.heatmaps())
+    bootstrap = Bootstrap.of(run.samples_in(reading), bins=10, replicates=400)
+    own = realised(run.heatmaps(reading))
     agreed = np.zeros(len(own))
     for r in range(400):
         heatmaps = {
-            name: Heatmap(name, "last", bootstrap.blocks[name], mean_RTL[r], bootstrap.counts_T[name], mean_RTL[r], 0)
+            name: Heatmap(name, reading, bootstrap.blocks[name], mean_RTL[r], bootstrap.counts_T[name], mean_RTL[r], 0)
             for name, mean_RTL in bootstrap.replicates().items()
         }
         agreed += [one == other for one, other in zip(realised(heatmaps), own, strict=True)]
@@ -92,6 +92,25 @@ def test_it_is_what_the_plans_of_the_replicates_say(tiny_run: Path) -> None:
     expected = replicates_of(run)
     assert run.confidence(preset="article").settled_K.tolist() == expected
     assert 0 < sum(expected) < 6
+
+
+def test_by_ablation_it_is_what_the_plans_of_the_replicates_say(layerprobe: Command, tmp_path: Path) -> None:
+    path = write_ablated_run(
+        tmp_path / "run", TINY, 600, [0.3, 0.0, 0.12, 0.01, 0.25, 0.05], spread=0.6, modules=sd3_modules(6)
+    ).path
+    run = layerprobe_api.load(path)
+    expected = replicates_of(run, "ablation")
+    assert 0 < sum(expected) < 6
+    told = layerprobe("lokr", path, "--by", "ablation", "--json").json
+    assert [block["settled"] for block in told["blocks"]] == expected
+    assert (told["samples"], told["images"]) == (200, 20) and "images like these 20" in told["settled"]
+    sure = run.contributions("ablation")
+    assert sure.settled.tolist() == expected
+    assert [block["interval"] for block in told["blocks"]] == np.stack([sure.low, sure.high], axis=1).tolist()
+    # All else goes by the angle, as ever.
+    assert run.confidence().samples == run.contributions().confidence.samples == 600
+    assert run.contributions().values.tolist() != sure.values.tolist()
+    assert settled(status(layerprobe, path)) == settled(run.confidence().text())
 
 
 def status(layerprobe: Command, path: Path, *options: str) -> str:

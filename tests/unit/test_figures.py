@@ -204,6 +204,26 @@ def test_readings_of_updates_and_of_pairs() -> None:
     np.testing.assert_array_equal(scaled, [[0, 1, 0.5], [0, 0, np.nan], [np.nan] * 3])
 
 
+def test_a_loss_increase_copes_with_a_block_far_above_and_with_less_than_nothing() -> None:
+    value_TL = np.full((10, 12), 0.01)
+    value_TL[:, 3], value_TL[:, 7] = 1.0, -0.01
+    losses = {"block": of(value_TL, [3] * 10, stream="block", reading="ablation")}
+    svg = words(streams_figure(losses, samples="ablation of 30 of 90 samples", file_format="svg"))
+    views = {"linear", "logarithm on both sides of 0", "clipped at the 95th percentile"}
+    assert {f"whole block, {view}" for view in views} | {"loss increase"} <= svg
+    assert {"-1", "-0.01", "0", "0.01", "1"} <= {text.replace("\N{MINUS SIGN}", "-") for text in svg}
+    assert "How much the loss rises when a block is left out" in svg and "ablation of 30 of 90 samples" in svg
+    image = pixels(streams_figure(losses)).astype(int)
+    middle = image[int(image.shape[0] * 0.42) : int(image.shape[0] * 0.6), : int(image.shape[1] * 0.8)]
+    coloured = middle[np.ptp(middle, axis=-1) > 30]
+    orange, purple = coloured[:, 0] > coloured[:, 2], coloured[:, 0] < coloured[:, 2]
+    assert 6 < purple.sum() / orange.sum() < 16  # one of twelve blocks is below 0
+    changes = {"text": of(np.abs(value_TL), [3] * 10, stream="text", reading="ablation_text_change")}
+    assert "text update alone, logarithm" in words(streams_figure(changes, file_format="svg"))
+    for nothing in (np.zeros((10, 12)), np.full((10, 12), -0.01)):
+        assert streams_figure({"block": of(nothing, [1] * 10, stream="block", reading="ablation")})
+
+
 def test_an_svg_is_one_xml_file_with_its_texts_and_nothing_from_outside() -> None:
     from xml.etree import ElementTree
 

@@ -100,6 +100,18 @@ def test_a_plan_per_stream_goes_by_each_streams_contributions():
         make_plan(sd3_model(6, 64), contribution(blocks, wavy(6)), preset=100_000, per_stream=True)
 
 
+def test_what_a_whole_block_does_says_nothing_of_streams(run):
+    """Contributions from leaving whole blocks out: in the plan, and for its replicates."""
+    whole = {"block": np.linspace(0, 1, 6)}
+    with fails("plans per stream go by the angle"):
+        options = {"preset": 200_000, "per_stream": True}
+        make_plan(sd3_model(6, 64), contribution(sd3_blocks(6), wavy(6)), streams=whole, **options)
+    change_NL = np.random.default_rng(0).random((20, 6))
+    samples = Samples(np.full(20, 0.5), np.zeros(20), {"block": BLOCKS["image"]}, {"block": change_NL}, "ablation")
+    with fails("plans per stream go by the angle"):
+        decide_of(run.manifest, **options)(Bootstrap.of(samples))
+
+
 def test_ranks_are_plans_as_well():
     small = contribution(small_blocks(3), [0.0, 1.0, 0.5])
     plan = make_plan(small_model(3), small, algo="locon", rank=24)
@@ -224,7 +236,7 @@ def test_a_budget_decides_each_replicate_as_it_would_alone(run, bootstrap, optio
 def test_factors_that_lycoris_realises_alike_agree(tmp_path):
     """A block of width 64: modulation of 384 and feed-forward of 256 at the factor, attention of 64 at twice that."""
     random = np.random.default_rng(0)
-    level_L = np.array([0.9, 0.8, 0.5, 0.15, 0.08, 0.0])
+    level_L = np.array([0.9, 0.8, 0.5, 0.15, 0.08, 0.0]) + 1
     distance_NL = level_L + 0.4 * random.standard_normal((400, 6))
     images = {"image": np.arange(400) + 1}
     table = sd3_modules(6)

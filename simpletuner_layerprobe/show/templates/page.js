@@ -52,7 +52,7 @@ const plot = make("div", {class: "plot"}), y = make("div", {class: "y", "aria-hi
 const canvas = make("canvas", {tabindex: "0", role: "application", "aria-roledescription": "heatmap", "aria-label": `Heatmap of the ${map.title}: ${map.own.length} blocks by ${T} parts of sigma. Arrow keys move from cell to cell.`, "aria-describedby": "said-" + map.id});
 const said = make("p", {class: "said", id: "said-" + map.id, "aria-live": "polite"});
 wide.append(canvas); plot.append(y, wide); figure.append(caption, plot, said);
-document.getElementById("maps").append(figure);
+document.getElementById(map.at || "maps").append(figure);
 const column = new Map(map.own.map((block, i) => [block, i]));
 const filled = [];
 map.mean.forEach((row, t) => {if (map.count[t]) filled.push(...(map.change ? row.map(Math.abs) : row));});
@@ -98,8 +98,8 @@ if (k === undefined) return [range, `not in the ${map.title}`];
 if (map.change) return [range, ...changeLines(map, k, t)];
 if (!map.count[t]) return [range, "no samples"];
 const mean = map.mean[t][k], error = map.error[t][k];
-const interval = error === null ? "no interval" : `95% interval ${short(Math.max(0, mean - 1.96 * error))} to ${short(mean + 1.96 * error)}`;
-return [range, `mean ${short(mean)}`, interval, `${map.count[t].toLocaleString("en")} sample${map.count[t] === 1 ? "" : "s"}`];};
+const interval = error === null ? "no interval" : `95% interval ${short(map.loss ? mean - 1.96 * error : Math.max(0, mean - 1.96 * error))} to ${short(mean + 1.96 * error)}`;
+return [range, `${map.loss ? "loss increase" : "mean"} ${short(mean)}`, interval, `${map.count[t].toLocaleString("en")} sample${map.count[t] === 1 ? "" : "s"}`];};
 view.show = (i, t, x, y2) => {
 const text = lines(i, t), title = `${i}: ${data.blocks[i]}`;
 said.textContent = [title, ...text].join(", ");

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import ablated
 import numpy as np
 import torch
 from batches import BATCH, Batch
@@ -45,9 +46,10 @@ class Case:
 
     denoiser(): a tiny random denoiser. batch(dtype): the batch as the collate function returns it. streams: which
     tokens of which state are whose. noise: the family's own formula. options: SimpleTuner's, beside the defaults.
-    prepare: functions of SimpleTuner's model object, before the step. tape: what tapes the blocks. absent: stream ->
-    samples of the batch that do not have it; their readings must be NaN. label: if the flavour does not tell the case.
-    repositories: of which the model class loads the scheduler by name, whatever the options say.
+    prepare: functions of SimpleTuner's model object, before the step. tape: what tapes the blocks. adds: where
+    SimpleTuner bypasses the blocks, stream -> the layers of a block whose outputs it adds to the stream. absent:
+    stream -> samples of the batch that do not have it; their readings must be NaN. label: if the flavour does not tell
+    the case. repositories: of which the model class loads the scheduler by name, whatever the options say.
     """
 
     family: str
@@ -59,6 +61,7 @@ class Case:
     options: Mapping[str, Any] = field(default_factory=dict)
     prepare: Sequence[Prepare] = ()
     tape: Callable[[nn.Module, Streams], AbstractContextManager[Tape]] = taped
+    adds: Mapping[str, Sequence[str]] = field(default_factory=dict)
     absent: Mapping[str, Sequence[int]] = field(default_factory=dict)
     label: str = ""
     repositories: Sequence[str] = ()
@@ -75,7 +78,7 @@ class Outcome:
     extra_deviation: the same of the further readings; that of a value above 1 is relative. seams: pairs of blocks
     without a distance. prescribed_deviation: None in a family that chooses its noise itself. noise_difference: between
     sigma and the noise in the latents, by the probe's own check; None where it cannot tell. adapted, wrong, unmatched:
-    modules and patterns of the LoKr config (proof.py).
+    modules and patterns of the LoKr config (proof.py). ablation: see ablated.py; {} in runs without it.
     """
 
     family: str
@@ -91,10 +94,14 @@ class Outcome:
     adapted: int
     wrong: int
     unmatched: int
+    ablation: dict[str, float]
 
 
-def run_case(case: Case, dtype: torch.dtype, checkpointing: bool = False) -> Outcome:
-    """One training step's forward of the family under the observer and the tape. Raises AssertionError."""
+def run_case(case: Case, dtype: torch.dtype, checkpointing: bool = False, ablation: bool = False) -> Outcome:
+    """One training step's forward of the family under the observer and the tape. Raises AssertionError.
+
+    ablation: also leave out every block.
+    """
     torch.manual_seed(0)
     denoiser = case.denoiser().to(dtype).train()
     if checkpointing and getattr(denoiser, "_supports_gradient_checkpointing", False):
@@ -105,6 +112,7 @@ def run_case(case: Case, dtype: torch.dtype, checkpointing: bool = False) -> Out
     entry = families.family(case.family, type(denoiser).__name__)
     with torch.no_grad():
         prepared, noise = prepared_batch(case, entry, model, dtype)
+        again = dict(prepared)
         before = {name: value.clone() for name, value in denoiser.state_dict().items() if torch.is_tensor(value)}
         with (
             Observer(denoiser, entry, residual=True, pairs=LONGEST) as observer,
@@ -113,6 +121,7 @@ def run_case(case: Case, dtype: torch.dtype, checkpointing: bool = False) -> Out
             observer.begin(prepared, text_mask(prepared, BATCH))
             model.model_predict(prepared)
             distances = observer.finish()
+        left_out = ablated.compare(case, entry, model, again) if ablation else {}
         after = denoiser.state_dict()
         assert all(torch.equal(value, after[name]) for name, value in before.items()), "the weights changed"
     paths = {stream: tuple(path for part in parts for path in part.paths) for stream, parts in case.streams.items()}
@@ -131,6 +140,7 @@ def run_case(case: Case, dtype: torch.dtype, checkpointing: bool = False) -> Out
         blocks={stream: len(blocks) for stream, blocks in paths.items()},
         **noise,
         **vars(comparison),
+        ablation=left_out,
         **prove(type(denoiser).__name__, entry, tuple(paths.items()), tuple(module_table(denoiser))),
     )
 

@@ -74,7 +74,8 @@ def run_family(name: str, lines: TextIO) -> int:
             continue
         for dtype, checkpointing in RUNS:
             try:
-                outcome = asdict(run_case(case, getattr(torch, dtype), checkpointing))
+                exact = dtype == "float32" and not checkpointing
+                outcome = asdict(run_case(case, getattr(torch, dtype), checkpointing, ablation=exact))
             except Exception as error:
                 traceback.print_exc()
                 outcome = {"family": name, "label": case.name, "error": f"{type(error).__name__}: {error}"}

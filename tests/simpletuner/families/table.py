@@ -113,6 +113,7 @@ CASES: list[Case] = [
         },
         {"flavour": "medium", "config": {"dual_attention_layers": (0, 1)}},
         tape=bypassed.sd3,
+        adds={"image": ("attn.to_out.0", "attn2.to_out.0", "ff"), "text": ("attn.to_add_out", "ff_context")},
     ),
     *family(
         "flux", "dev",
@@ -179,6 +180,7 @@ CASES: list[Case] = [
             "streams": streams.longcat(references=8),
         },
         tape=bypassed.longcat_image,
+        adds={"image": ("attn.to_out.0", "ff", "proj_out"), "text": ("attn.to_add_out", "ff_context", "proj_out")},
     ),
     *family(
         "flux3_image", "klein-base",
@@ -559,6 +561,7 @@ CASES: list[Case] = [
         noise=noise.THOUSANDTHS_ARE_CLEAN,
         prepare=(models.cosmos3_reasoner(**COSMOS3), models.in_float32("time_embedder")),
         tape=bypassed.cosmos3,
+        adds={"image": ("self_attn.to_add_out", "mlp_moe_gen")},
     ),
     *family(
         "kandinsky5_image", "t2i-lite-sft",

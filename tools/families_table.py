@@ -14,7 +14,11 @@ ROOT = Path(__file__).resolve().parent.parent
 RUNNER = ROOT / "tests" / "simpletuner" / "families" / "run.py"
 PAGE = ROOT / "docs" / "families.md"
 START, END = "<!-- families: made by `make families` -->", "<!-- /families -->"
-HEAD = "| family | denoiser | blocks | streams | deviation | sigmas | LoKr modules |\n" + "| --- " * 7 + "|\n"
+HEAD = (
+    "| family | denoiser | blocks | streams | deviation | sigmas | ablation: deviation, forwards | LoKr modules |\n"
+    + "| --- " * 8
+    + "|\n"
+)
 
 
 def run(*names: str) -> list[dict]:
@@ -44,11 +48,18 @@ def table(lines: list[dict]) -> str:
         denoiser = ", ".join(dict.fromkeys(run["denoiser"] for run in runs))
         rows[family.name, denoiser] = (
             f"| {family.name} | {denoiser} | {blocks} | {streams}{text} | {bound(worst)} | {sigmas} "
+            f"| {ablation([run['ablation'] for run in runs if run['ablation']])} "
             f"| {sum(run['wrong'] for run in runs)} wrong |\n"
         )
     for name, reason in REFUSED.items():
-        rows[name, ""] = f"| {name} | | | | | | refused: {reason} |\n"
+        rows[name, ""] = f"| {name} | | | | | | | refused: {reason} |\n"
     return START + "\n" + HEAD + "".join(rows[key] for key in sorted(rows)) + END
+
+
+def ablation(runs: list[dict]) -> str:
+    """The deviation of the worst case; in the first one, the forwards with reuse and without."""
+    worst = max(run["ablation_deviation"] for run in runs)
+    return f"{bound(worst)}, {runs[0]['forwards']:.3g} of {runs[0]['naive_forwards']:.0f}"
 
 
 def bound(deviation: float) -> str:

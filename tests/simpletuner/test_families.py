@@ -55,6 +55,8 @@ def test_a_family_is_exact(outcomes, name):
         # a batch in bfloat16 may hold its sigmas in bfloat16
         assert (run["prescribed_deviation"] or 0) <= (4e-3 if run["dtype"] == "bfloat16" else 1e-6), run
         assert (run["noise_difference"] is None) == ((name, run["label"]) in UNCHECKED), run
+        if (run["dtype"], run["checkpointing"]) == ("float32", False):
+            assert run["ablation"]["ablation_deviation"] <= 1e-6, run
         assert run["adapted"] > 0 and run["wrong"] == 0 and run["unmatched"] == 0, run
 
 

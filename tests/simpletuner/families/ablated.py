@@ -32,44 +32,59 @@ SEED = 7
 
 def compare(case: Case, entry: Family, model: Any, prepared: dict[str, Any]) -> dict[str, float]:
     """ablation_deviation: the largest difference of a loss increase or a relative change, divided by what it is where
-    that is above 1. block_runs: of a sample, in forwards. naive_runs: the same without reuse."""
+    that is above 1. forwards: of a sample with whole blocks left out, in runs of blocks. naive_forwards: without reuse.
+    """
     denoiser = model.get_trained_component()
-    mode = "both" if "text" in case.streams else "blocks"
     with Observer(denoiser, entry) as observer:
-        step = StepAblation(observer, mode, torch.device("cpu"))
-        copy = dict(prepared)
-        observer.begin(copy, text_mask(copy, BATCH))
-        torch.manual_seed(SEED)
-        output, values = step.run(model, copy, model.model_predict, observer.finish)
-        drawn_after = torch.get_rng_state()
+        whole = ablated(observer, "blocks", model, prepared)
+        text = ablated(observer, "text", model, prepared) if "text" in case.streams else {}
     torch.manual_seed(SEED)
-    copy = dict(prepared)
-    plain = model.model_predict(copy)
-    assert torch.equal(plain["model_prediction"], output["model_prediction"]), "the plain forward is another one"
-    assert torch.equal(torch.get_rng_state(), drawn_after), "random numbers are not as a plain forward leaves them"
-    plain_loss = losses(case, model, copy, plain)
-    worst, naive_runs = 0.0, 1
-    for stream in ("block", "text") if mode == "both" else ("block",):
-        paths = {name: [path for part in parts for path in part.paths] for name, parts in case.streams.items()}
-        columns = all_blocks([paths["image"], *(paths[name] for name in paths if name != "image")])
-        columns = tuple(paths["text"]) if stream == "text" else columns
-        for number, path in enumerate(columns):
-            torch.manual_seed(SEED)
-            copy = dict(prepared)
-            with left_out(case, denoiser, path, "" if stream == "block" else stream):
-                other = model.model_predict(copy)
-            naive_runs += 1
-            suffix = "" if stream == "block" else "_text"
-            increase_B = values[stream, f"ablation{suffix}"][:, number].double()
-            change_B = values[stream, f"ablation{suffix}_change"][:, number].double()
-            expected = losses(case, model, copy, other) - plain_loss
-            worst = max(worst, off(increase_B.mean(), expected))
-            for b in range(BATCH):
-                worst = max(worst, off(change_B[b], relative_change(case, copy, plain, other, b)))
+    plain_batch = dict(prepared)
+    plain = model.model_predict(plain_batch)
+    drawn = torch.get_rng_state()
     blocks = len(observer.blocks) * (BATCH if entry.forwards == "per sample" else 1)
-    if mode == "blocks":  # with the text alone it depends on when the model runs its blocks
-        assert step.ablation.runs == (len(observer.blocks) + 1) / 2 * blocks, step.ablation.runs
-    return {"ablation_deviation": worst, "block_runs": step.ablation.runs / blocks, "naive_runs": float(naive_runs)}
+    assert whole["runs"] == (len(observer.blocks) + 1) / 2 * blocks
+    plain_loss = losses(case, model, plain_batch, plain)
+    worst = 0.0
+    for stream, made in (("", whole), ("text", text)):
+        if not made:
+            continue
+        assert torch.equal(plain["model_prediction"], made["output"]), "the plain forward is another one"
+        assert torch.equal(made["drawn"], drawn), "random numbers are not as a plain forward leaves them"
+        (_, increase_BL), (_, change_BL) = sorted(made["values"].items())
+        for number, path in enumerate(columns(case, stream)):
+            torch.manual_seed(SEED)
+            batch = dict(prepared)
+            with left_out(case, denoiser, path, stream):
+                other = model.model_predict(batch)
+            expected = losses(case, model, batch, other) - plain_loss
+            worst = max(worst, off(increase_BL[:, number].double().mean(), expected))
+            for b in range(BATCH):
+                worst = max(worst, off(change_BL[b, number].double(), relative_change(case, batch, plain, other, b)))
+    naive = float(len(observer.blocks) + 1)
+    return {"ablation_deviation": worst, "forwards": whole["runs"] / blocks, "naive_forwards": naive}
+
+
+def ablated(observer: Observer, mode: str, model: Any, prepared: dict[str, Any]) -> dict[str, Any]:
+    step = StepAblation(observer, mode, torch.device("cpu"))
+    batch = dict(prepared)
+    observer.begin(batch, text_mask(batch, BATCH))
+    torch.manual_seed(SEED)
+    output, values = step.run(model, batch, model.model_predict, observer.finish)
+    return {
+        "output": output["model_prediction"],
+        "values": {name: value for (_, name), value in values.items() if name.startswith("ablation")},
+        "drawn": torch.get_rng_state(),
+        "runs": step.ablation.runs,
+    }
+
+
+def columns(case: Case, stream: str) -> tuple[str, ...]:
+    """The blocks in the order of the recorded columns: all, the image's first, or those with this stream."""
+    paths = {name: tuple(path for part in parts for path in part.paths) for name, parts in case.streams.items()}
+    if stream:
+        return paths[stream]
+    return all_blocks([paths["image"], *(paths[name] for name in paths if name != "image")])
 
 
 def off(value: torch.Tensor, expected: float) -> float:

@@ -57,10 +57,10 @@ class Engine:
         S, B, C, H, W = samples.clean.shape
         with torch.no_grad():
             share = samples.sigma[..., None, None, None]
-            noisy = ((1 - share) * samples.clean + share * samples.noise).view(S * B, C, H, W)
+            noisy = ((1 - share) * samples.clean + share * samples.noise).reshape(S * B, C, H, W)
             image = model.pos_embed(noisy)
-            time = model.time_text_embed(samples.sigma.view(-1) * 1000, samples.pooled.view(S * B, -1))
-            text = model.context_embedder(samples.text.view(S * B, *samples.text.shape[2:]))
+            time = model.time_text_embed(samples.sigma.reshape(-1) * 1000, samples.pooled.reshape(S * B, -1))
+            text = model.context_embedder(samples.text.reshape(S * B, *samples.text.shape[2:]))
             image, time, text = (x.reshape(S, B, *x.shape[1:]).index_select(0, seed_E) for x in (image, time, text))
             lit = F.silu(time)
         if torch.is_grad_enabled():

@@ -13,7 +13,7 @@ __version__ = "0.2.0"
 TYPE_CHECKING = False  # typing has it too, but takes longer to import than every Python process should wait for us
 
 if TYPE_CHECKING:
-    from simpletuner_layerprobe.api import Run, check_config, compare, load, observe, plan
+    from simpletuner_layerprobe.api import Run, adapter, check_config, compare, load, observe, plan
     from simpletuner_layerprobe.errors import ConfigError, ModelError, ProbeError, RunError, SeamError
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "Run",
     "RunError",
     "SeamError",
+    "adapter",
     "check_config",
     "compare",
     "load",

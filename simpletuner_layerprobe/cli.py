@@ -10,6 +10,7 @@ from contextlib import suppress
 
 from simpletuner_layerprobe import __version__
 from simpletuner_layerprobe.commands import (
+    adapter,
     check_config,
     compare,
     doctor,
@@ -25,7 +26,7 @@ from simpletuner_layerprobe.commands import (
 from simpletuner_layerprobe.commands.arguments import Parser
 from simpletuner_layerprobe.errors import ProbeError
 
-COMMANDS = (doctor, status, heatmap, findings, report, compare, lokr, check_config, import_file, export, merge)
+COMMANDS = (doctor, status, heatmap, findings, report, compare, lokr, check_config, adapter, import_file, export, merge)
 PROBLEM, INTERRUPTED = 1, 130
 
 

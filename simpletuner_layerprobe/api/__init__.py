@@ -14,15 +14,17 @@ was expected and what to do.
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from simpletuner_layerprobe.api.adapters import adapter
     from simpletuner_layerprobe.api.changes import compare
     from simpletuner_layerprobe.api.plans import check_config, plan
     from simpletuner_layerprobe.api.records import load
     from simpletuner_layerprobe.api.run import Run
     from simpletuner_layerprobe.probe.observe import observe
 
-__all__ = ["Run", "check_config", "compare", "load", "observe", "plan"]
+__all__ = ["Run", "adapter", "check_config", "compare", "load", "observe", "plan"]
 _MODULES = {
     "Run": "api.run",
+    "adapter": "api.adapters",
     "check_config": "api.plans",
     "compare": "api.changes",
     "load": "api.records",

@@ -44,6 +44,7 @@ class StepAblation:
             )
         self.readings = ablation_readings(blocks, text)
         self.ablation = Ablation(observer.blocks, SHARE_OF_FREE * free_bytes(device))
+        self._said = False
         every = all_blocks(list(observer.streams.values()))
         self._left_out = {
             stream: every if stream == WHOLE else observer.streams["text"]
@@ -87,8 +88,22 @@ class StepAblation:
                 for name, columns in zip(names, (increases, changes), strict=True):
                     value_BL = torch.stack(columns, dim=1)
                     distances[stream, name] = torch.where(value_BL.isfinite(), value_BL, torch.inf)
+        self._say_what_had_no_room()
         self.ablation.forget()
         return output, distances
+
+    def _say_what_had_no_room(self) -> None:
+        """Once: a step with it takes longer than it need."""
+        if self.ablation.missing and not self._said:
+            self._said = True
+            blocks, kept = len(self._observer.blocks), self.ablation.kept_bytes / 2**20
+            print(
+                f"layerprobe: warning: the states of {self.ablation.missing} of {blocks} blocks have no room beside the "
+                f"model ({kept:,.0f} MiB of the others are kept), so these blocks run again each time: "
+                f"{self.ablation.runs / blocks:.1f} forwards for a sample with blocks left out, not {self.forwards:.1f}; a smaller "
+                f"train_batch_size makes room",
+                flush=True,
+            )
 
     def _predictions(self, model: Any, batch: Mapping[str, Any], output: Any) -> list[Prediction]:
         made = predictions(self._rule, model, batch, output)

@@ -239,6 +239,26 @@ def test_a_model_whose_blocks_cannot_be_left_out_is_refused(family, predict, mes
         step.run(SimpleNamespace(), {"x": torch.zeros(2)}, predict, dict)
 
 
+def test_states_without_room_are_said_once(capsys):
+    torch.manual_seed(0)
+    model = FluxLike()
+    simpletuner_model, predict = predicting(model)
+    with Observer(model, DOUBLE_AND_JOINT) as observer, torch.no_grad():
+        step = StepAblation(observer, "blocks", torch.device("cpu"))
+        step.ablation.budget_bytes = 1000  # the first block gives 2 * (5 + 3) * 6 numbers, the joint ones as many
+        made = []
+        for _ in range(2):
+            torch.manual_seed(1)
+            batch = {"image": torch.randn(2, 5, 6), "text": torch.randn(2, 3, 6)}
+            observer.begin(batch)
+            made.append(step.run(simpletuner_model, batch, predict, observer.finish)[1]["block", "ablation"])
+    assert torch.equal(*made)
+    said = capsys.readouterr().out
+    assert said.count("layerprobe: warning:") == 1
+    assert "the states of 3 of 5 blocks have no room beside the model (0 MiB of the others" in said
+    assert "4.2 forwards for a sample with blocks left out, not 3.0" in said
+
+
 def test_the_batch_and_the_random_numbers_are_as_a_plain_forward_leaves_them():
     """Also of a family that takes keys out of the batch and draws in its forward."""
     torch.manual_seed(0)

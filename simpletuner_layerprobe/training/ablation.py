@@ -98,10 +98,10 @@ class StepAblation:
             self._said = True
             blocks, kept = len(self._observer.blocks), self.ablation.kept_bytes / 2**20
             print(
-                f"layerprobe: warning: the states of {self.ablation.missing} of {blocks} blocks have no room beside the "
-                f"model ({kept:,.0f} MiB of the others are kept), so these blocks run again each time: "
-                f"{self.ablation.runs / blocks:.1f} forwards for a sample with blocks left out, not {self.forwards:.1f}; a smaller "
-                f"train_batch_size makes room",
+                f"layerprobe: warning: the states of {self.ablation.missing} of {blocks} blocks have no room beside "
+                f"the model ({kept:,.0f} MiB of the others are kept), so these blocks run again each time: "
+                f"{self.ablation.runs / blocks:.1f} forwards for a sample with blocks left out, not "
+                f"{self.forwards:.1f}; a smaller train_batch_size makes room",
                 flush=True,
             )
 

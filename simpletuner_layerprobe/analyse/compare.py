@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,9 @@ from simpletuner_layerprobe.analyse.shapes import ranges
 from simpletuner_layerprobe.analyse.units import UnitMeans, unit_means
 from simpletuner_layerprobe.errors import ProbeError
 from simpletuner_layerprobe.readings import all_blocks
+
+if TYPE_CHECKING:
+    from simpletuner_layerprobe.analyse.paired import Paired
 
 ALPHA = 0.05
 """The chance that a comparison of two runs of the same truth shows any change at all."""
@@ -102,7 +105,7 @@ class FactorComparison:
 @dataclass(frozen=True)
 class Comparison:
     """Two runs side by side. factors: None where `factors_missing` says why. notes: what else the reader should
-    know."""
+    know. paired: sample by sample, of runs with one noise seed; None where `not_paired` says why."""
 
     reading: str
     bins: int
@@ -112,6 +115,8 @@ class Comparison:
     factors: FactorComparison | None
     factors_missing: str
     notes: tuple[str, ...]
+    paired: Paired | None = None
+    not_paired: str = ""
 
     @property
     def blocks(self) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,8 @@ def add_parser(add: Add) -> None:
         command,
         "say what changed from one run to another of the same blocks, and how sure that is",
         "Before and after a fine-tune, two data sets, two flavours of one architecture: changed blocks and cells, and\n"
-        "changed factors. docs/compare.md says how each is decided. Exits with 0 also if nothing changed.",
+        "changed factors; of two runs with one noise seed also sample by sample, with the\n"
+        "loss. docs/compare.md says how each is decided. Exits with 0 also if nothing changed.",
         "layerprobe compare output/before/layerprobe output/after/layerprobe\n"
         "layerprobe compare output/before/layerprobe output/after/layerprobe --out compare.html",
     )
@@ -62,12 +64,46 @@ def command(arguments: argparse.Namespace) -> int:
         print(f"{label}  {run.path}: {run.model or 'unknown model'}, {run.counted}")
     for line in comparison.notes:
         print(f"note: {line}")
+    _print_paired(comparison)
     for stream in comparison.streams.values():
         _print_stream(stream, comparison)
     _print_factors(run_a, run_b, comparison, decided, preset)
     if out is not None:
         print(f"written: {out}")
     return OK
+
+
+def _print_paired(comparison: Comparison) -> None:
+    from simpletuner_layerprobe.api.changes import change_text, clear, paired_text
+
+    made = comparison.paired
+    if made is None:
+        print(f"not paired: {comparison.not_paired}; the runs are taken for independent draws of images")
+        return
+    number = {block: i for i, block in enumerate(comparison.blocks)}
+    print(f"\nPaired, {counted(made.pairs, 'pair')} of {counted(made.images, 'image')}: {paired_text(made, number)}")
+    if made.left_a or made.left_b:
+        print(f"  without a partner: {counted(made.left_a, 'sample')} of A, {made.left_b:,} of B")
+    rows = [
+        (f"{t / made.bins:.3g} to {(t + 1) / made.bins:.3g}", f"{made.counts_T[t]:,}", f"{made.loss_T.a[t]:.4g}",
+         f"{made.loss_T.b[t]:.4g}", change_text(made.loss_T, t))
+        for t in range(made.bins)
+        if not math.isnan(made.loss_T.difference[t])
+    ]  # fmt: skip
+    if rows:
+        print_table(
+            ("sigma", "pairs", "loss A", "loss B", "change [95% interval]"), rows, LEFT + 3 * RIGHT + LEFT, "  "
+        )
+    rows = [
+        (str(number[block]), f"{block} ({stream})", f"{change.a[i]:.4g}", f"{change.b[i]:.4g}", change_text(change, i))
+        for stream, change in made.angles.items()
+        for i, block in enumerate(made.blocks[stream])
+        if clear(change)[i]
+    ]
+    if rows:
+        print()
+        print_table(("#", "block", "A", "B", "change [95% interval]"), rows, RIGHT + 4 * LEFT, indent="  ")
+    print("\nUnpaired, as if each run had drawn its own images:")
 
 
 def _print_stream(stream: StreamComparison, comparison: Comparison) -> None:

@@ -17,6 +17,7 @@ from simpletuner_layerprobe.analyse.compare import (
     sigma_text,
 )
 from simpletuner_layerprobe.analyse.heatmap import bin_edges
+from simpletuner_layerprobe.analyse.paired import clear, paired_text
 from simpletuner_layerprobe.analyse.sections import chance
 from simpletuner_layerprobe.show.html import MAPS, POINTING, Html, Part, cells_link, html_page, rounded, table
 from simpletuner_layerprobe.show.words import capital, counted, model_name, samples_text, share_text
@@ -30,6 +31,7 @@ def compare_page(run_a: RunData, run_b: RunData, comparison: Comparison, decided
     names = [model_name(run.manifest) or "unknown model" for run in (run_a, run_b)]
     factors = comparison.factors
     parts = (
+        *_paired(comparison),
         Part(
             "heatmaps",
             "Changes",
@@ -59,10 +61,53 @@ def compare_page(run_a: RunData, run_b: RunData, comparison: Comparison, decided
         ),
         Part("run", "Runs", "The runs", "", _runs(run_a, run_b, comparison)),
     )
-    foot = "The runs are taken for independent draws of images."
+    foot = "The runs are taken for independent draws of images" + (", but for the pairs." if comparison.paired else ".")
     lead = _lead(run_a, run_b, comparison)
     model = " and ".join(dict.fromkeys(names))
     return html_page("Layer probe, comparison", model, lead, parts, foot, _data(comparison))
+
+
+def _paired(comparison: Comparison) -> Iterator[Part]:
+    """The comparison sample by sample, where there is one."""
+    made = comparison.paired
+    if made is None:
+        return
+    number = {block: i for i, block in enumerate(comparison.blocks)}
+    by_sigma = [
+        (
+            f"{t / made.bins:.3g} to {(t + 1) / made.bins:.3g}",
+            f"{made.counts_T[t]:,}",
+            f"{made.loss_T.a[t]:.4g}",
+            f"{made.loss_T.b[t]:.4g}",
+            change_text(made.loss_T, t),
+        )
+        for t in range(made.bins)
+        if not np.isnan(made.loss_T.difference[t])
+    ]
+    blocks = [
+        (
+            str(number[block]),
+            f"{block} ({stream})",
+            f"{change.a[i]:.4g}",
+            f"{change.b[i]:.4g}",
+            change_text(change, i),
+        )
+        for stream, change in made.angles.items()
+        for i, block in enumerate(made.blocks[stream])
+        if clear(change)[i]
+    ]
+    interval = {"A": True, "B": True, "change [95% interval]": True}
+    yield Part(
+        "pairs",
+        "Pairs",
+        "Sample by sample, B minus A",
+        f"Both runs have one noise seed: {counted(made.pairs, 'pair')} of {counted(made.images, 'image')} with the "
+        "same sigma, noise and caption. Intervals draw images. Blocks are shown where their change is beyond chance, "
+        "after correction for all blocks. The parts below take each run by itself.",
+        f"<p>{escape(capital(paired_text(made, number)))}.</p>"
+        + (table("Loss by sigma", {"sigma": False, "pairs": True} | interval, by_sigma, header=1) if by_sigma else "")
+        + (table("Changed blocks", {"#": True, "block": False} | interval, blocks, header=1) if blocks else ""),
+    )
 
 
 def _lead(run_a: RunData, run_b: RunData, comparison: Comparison) -> str:
@@ -153,5 +198,6 @@ def _runs(run_a: RunData, run_b: RunData, comparison: Comparison) -> str:
         ("samples", *(samples_text(run.samples, run.images) for run in runs)),
         ("recorded", *(run.manifest.created or "unknown" for run in runs)),
     ]
-    notes = "".join(f"<li>{escape(line)}</li>" for line in comparison.notes)
+    lines = (*comparison.notes, *([f"not paired: {comparison.not_paired}"] if comparison.not_paired else ()))
+    notes = "".join(f"<li>{escape(line)}</li>" for line in lines)
     return table("The runs", {"": False, "A": False, "B": False}, rows) + (f"<ul>{notes}</ul>" if notes else "")

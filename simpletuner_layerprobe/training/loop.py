@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
 
 from simpletuner_layerprobe.errors import ConfigError
+from simpletuner_layerprobe.training.fixed_noise import fixed_captions
 from simpletuner_layerprobe.training.noise import RULES
+from simpletuner_layerprobe.training.overrides import refuse_backends_with_noise_seed
 from simpletuner_layerprobe.training.session import Session
 
 
@@ -78,4 +80,31 @@ def probe_sigmas(trainer: Any, session: Session) -> Iterator[None]:
         return sigmas.to(device=trainer.accelerator.device, dtype=torch.float32)
 
     with rule.prescribe(trainer.model, draw):
+        yield
+
+
+@contextmanager
+def fixed_noise(trainer: Any, session: Session) -> Iterator[None]:
+    """With a noise seed: batches are prepared with the noise, and loaded with the captions, that it says.
+
+    Raises SeamError for a data backend whose latents are drawn anew.
+    """
+    fixed = session.fixed_noise
+    if fixed is None:
+        yield
+        return
+    from simpletuner.helpers.training.state_tracker import StateTracker
+
+    refuse_backends_with_noise_seed(StateTracker.get_data_backends())
+    model, family = trainer.model, session.family
+    prepare = model.prepare_batch
+
+    @functools.wraps(prepare)
+    def prepare_batch(batch: dict, *args: Any, **kwargs: Any) -> Any:
+        with fixed.preparing(batch, family.name, family.noise == "ddpm"):
+            return prepare(batch, *args, **kwargs)
+
+    with ExitStack() as stack:
+        stack.enter_context(fixed_captions(fixed.seed))
+        stack.enter_context(_replaced(model, "prepare_batch", prepare_batch))
         yield

@@ -63,6 +63,25 @@ OPTIONS = (
         ),
     ),
     Option(
+        "layerprobe_noise_seed",
+        "Probe noise seed",
+        "TEXT",
+        "none",
+        "A whole number that fixes sigma, noise and caption of every image and each of its repeats, whatever ran "
+        "before, so that two runs of the same images with one seed are paired sample by sample. Needs a "
+        "caption_dropout_probability of 0. none: every run draws its own.",
+        placeholder="none",
+    ),
+    Option(
+        "layerprobe_adapter",
+        "Adapter to probe",
+        "TEXT",
+        "none",
+        "A finished adapter, a safetensors file that SimpleTuner saved: it is put on the base, and what is recorded is "
+        "the adapted model. lora_type and lycoris_config must be those that it was trained with. none: the base alone.",
+        placeholder="none",
+    ),
+    Option(
         "layerprobe_samples",
         "Probe samples",
         "NUMBER",
@@ -152,13 +171,15 @@ OPTIONS = (
 class ProbeSettings:
     """The checked options of one probe-only run.
 
-    directory: the run folder. sigmas: one of SIGMA_MODES. samples: total number of samples of the run, 0 if the
-    epochs or max_train_steps decide. flush_seconds: seconds between two writes, above 0. discover: whether to guess
-    the blocks of an unknown model family. stop_when_stable: share of bootstrap replicates, below 1, that must agree
-    with every factor for the run to end by itself, 0 if it does not. preset: whose factors these are, as the user wrote
-    it (plugin.py reads it). residual: whether to record the blocks' updates. block_pairs: the most blocks in a row
-    whose distance is recorded, 0 or 1 for single blocks alone. ablation: one of ABLATION_MODES, what is left out;
-    ablation_samples: in how many of the run's samples, 1 or more.
+    directory: the run folder. sigmas: one of SIGMA_MODES. noise_seed: what fixes sigma and noise of every repeat of an
+    image, below 2^63, None for nothing; never with the sigmas of a training. samples: total number of samples of the
+    run, 0 if the epochs or max_train_steps decide. flush_seconds: seconds between two writes, above 0. discover:
+    whether to guess the blocks of an unknown model family. stop_when_stable: share of bootstrap replicates, below 1,
+    that must agree with every factor for the run to end by itself, 0 if it does not. preset: whose factors these are,
+    as the user wrote it (plugin.py reads it). residual: whether to record the blocks' updates. block_pairs: the most
+    blocks in a row whose distance is recorded, 0 or 1 for single blocks alone. ablation: one of ABLATION_MODES, what is
+    left out; ablation_samples: in how many of the run's samples, 1 or more. adapter: the safetensors file of an adapter
+    that is put on the base, "" for none.
     """
 
     directory: str
@@ -172,6 +193,14 @@ class ProbeSettings:
     block_pairs: int = 0
     ablation: str = "none"
     ablation_samples: int = 200
+    noise_seed: int | None = None
+    adapter: str = ""
+
+    @property
+    def sigma_text(self) -> str:
+        """How sigmas are drawn, as the manifest says it."""
+        in_image = self.noise_seed is not None and self.sigmas == "stratified"
+        return "stratified in each image" if in_image else self.sigmas
 
     @classmethod
     def from_config(cls, config: Any) -> ProbeSettings | None:
@@ -191,6 +220,8 @@ class ProbeSettings:
             block_pairs=_whole_number("layerprobe_block_pairs", config.layerprobe_block_pairs),
             ablation=_choice("layerprobe_ablation", config.layerprobe_ablation, ABLATION_MODES),
             ablation_samples=_whole_number("layerprobe_ablation_samples", config.layerprobe_ablation_samples, 1),
+            adapter=_file(config.layerprobe_adapter),
+            noise_seed=_noise_seed(config.layerprobe_noise_seed, config.layerprobe_sigmas),
         )
 
 
@@ -208,6 +239,25 @@ def _whole_number(name: str, value: Any, least: int = 0) -> int:
     if not (number >= least and number.is_integer()):
         raise ConfigError(f"{name} is {value}; it must be a whole number, {least} or more")
     return int(number)
+
+
+def _file(value: Any) -> str:
+    text = "" if value is None else str(value).strip()
+    return "" if text.lower() == "none" else os.path.expanduser(text)
+
+
+def _noise_seed(value: Any, sigmas: str) -> int | None:
+    text = "" if value is None else str(value).strip()
+    if text.lower() in ("", "none"):
+        return None
+    if not (text.isascii() and text.isdigit() and int(text[:20]) < 2**63 and len(text) < 20):
+        raise ConfigError(f"layerprobe_noise_seed is {value!r:.40}; it must be a whole number, from 0 to 2^63 - 1")
+    if sigmas == "training":
+        raise ConfigError(
+            "layerprobe_noise_seed fixes the noise levels, and layerprobe_sigmas is 'training', which draws them anew; "
+            "set layerprobe_sigmas to 'uniform' or 'stratified'"
+        )
+    return int(text)
 
 
 def _share(name: str, value: Any) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from simpletuner_layerprobe.errors import SeamError
@@ -109,6 +109,40 @@ REFUSED_VARIABLES = (
     "ACCELERATE_USE_PARALLELISM_CONFIG",
 )
 
+# Options whose draws no noise seed fixes: SimpleTuner draws them when it loads a batch, or by Python's generator.
+# Option -> (how the names of the families begin that it counts for, is it on?, what to set instead).
+REFUSED_WITH_NOISE_SEED: dict[str, tuple[str, Callable[[Any], bool], str]] = {
+    "caption_dropout_probability": ("", lambda value: float(value or 0) > 0, "0"),
+    "offset_noise": ("", bool, "false"),
+    "flux_guidance_mode": ("flux", lambda value: value == "random-range", "constant"),
+    "ltx_i2v_prob": ("ltx", lambda value: float(value or 0) > 0, "0"),
+    "vae_cache_disable": ("", bool, "false"),
+}
+# The same in the config of a data backend: latents are drawn, and cropped, anew.
+BACKEND_REFUSED_WITH_NOISE_SEED = ("vae_cache_disable", "vae_cache_clear_each_epoch")
+
+
+def refuse_with_noise_seed(config: Any) -> None:
+    """Raises SeamError naming an option whose draws layerprobe_noise_seed cannot fix."""
+    for name, (families, is_on, instead) in REFUSED_WITH_NOISE_SEED.items():
+        value = getattr(config, name, None)
+        if str(config.model_family).startswith(families) and is_on(value):
+            raise SeamError(
+                f"{name} is {_short(repr(value))}, whose draws layerprobe_noise_seed cannot fix; set {name} to "
+                f"{instead}"
+            )
+
+
+def refuse_backends_with_noise_seed(backends: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raises SeamError naming a data backend (id -> what SimpleTuner keeps of it) whose latents are drawn anew."""
+    for backend, kept in backends.items():
+        for name in BACKEND_REFUSED_WITH_NOISE_SEED:
+            if (kept.get("config") or {}).get(name):
+                raise SeamError(
+                    f"{name} is on in the data backend {backend!r}: its latents are drawn anew, which "
+                    f"layerprobe_noise_seed cannot fix; switch it off"
+                )
+
 
 def refuse(config: Any) -> None:
     """Raises SeamError naming an option or a variable that is on and that a probe-only run cannot work with."""
@@ -126,13 +160,14 @@ def refuse(config: Any) -> None:
             )
 
 
-def override(config: Any, options: Mapping[str, Any]) -> list[str]:
-    """Set OVERRIDES in the options. Returns a line per group in which one that the user gave had another value."""
+def override(config: Any, options: Mapping[str, Any], kept: Sequence[str] = ()) -> list[str]:
+    """Set OVERRIDES in the options, but those in `kept`. Returns a line per group in which one that the user gave had
+    another value."""
     lines = []
     for reason, values in OVERRIDES.items():
         changed = []
         for name, value in values.items():
-            if not hasattr(config, name):
+            if name in kept or not hasattr(config, name):
                 continue
             before = getattr(config, name)
             if name in options and before != value and not (_is_off(before) and _is_off(value)):

@@ -7,7 +7,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,7 +20,7 @@ from torch import nn
 from simpletuner_layerprobe.errors import SeamError
 from simpletuner_layerprobe.probe.families import Family
 from simpletuner_layerprobe.probe.fingerprint import fingerprint
-from simpletuner_layerprobe.probe.modules import module_table
+from simpletuner_layerprobe.probe.modules import ModuleRow, module_table
 from simpletuner_layerprobe.probe.observer import Observer
 from simpletuner_layerprobe.readings import TOKENS, parse_reading
 from simpletuner_layerprobe.run.folder import write_new_file
@@ -39,7 +39,9 @@ from simpletuner_layerprobe.run.manifest import (
 )
 from simpletuner_layerprobe.run.rows import UNKNOWN
 from simpletuner_layerprobe.training.ablation import Predict, StepAblation
+from simpletuner_layerprobe.training.adapter import AdapterFile
 from simpletuner_layerprobe.training.facts import sample_facts, text_mask
+from simpletuner_layerprobe.training.fixed_noise import FixedNoise, NoDraws
 from simpletuner_layerprobe.training.goal import Goal
 from simpletuner_layerprobe.training.losses import predictions, sample_losses
 from simpletuner_layerprobe.training.noise import RULES, sigma_of
@@ -89,7 +91,9 @@ class Session:
 
     options: as the user gave them. changed: what was switched off in them, one line per reason. assistant: the strength
     of SimpleTuner's assistant LoRA, None without one. goal: how much is to be recorded. stop: what signals ask for.
-    idle_parameter: the one parameter that the optimizer gets.
+    adapter: the file that goes onto the base, None for the base alone; adapter_settings: what decides its effect, and
+    base: the module table and the fingerprint of the model without it, both set when it is loaded. fixed_noise: what
+    the noise seed fixes, None without one. idle_parameter: the one parameter that the optimizer gets.
     """
 
     def __init__(self, settings: ProbeSettings, options: Mapping[str, Any], watchers: Sequence[Watcher] = ()) -> None:
@@ -97,6 +101,9 @@ class Session:
         self.options = dict(options)
         self.changed: list[str] = []
         self.assistant: float | None = None
+        self.adapter = AdapterFile.read(settings.adapter) if settings.adapter else None
+        self.adapter_settings: dict[str, object] = {}
+        self.base: tuple[tuple[ModuleRow, ...], str] | None = None
         self.idle_parameter: nn.Parameter
         self.family: Family
         self.stop = Stop()
@@ -107,6 +114,8 @@ class Session:
         files = before.files if before else ()
         self._number = sum(file.samples for file in files if file.rank == self.goal.rank)
         self._seen = Counter(before.facts["image"].tolist() if before else ())
+        seed = settings.noise_seed
+        self.fixed_noise = None if seed is None else FixedNoise(seed, settings.sigmas == "stratified", self._seen)
         self._ablated = _ablated(before)
         if before and not self.goal.nothing_to_do:
             with self._alone():  # refused here, before the model is loaded, and not only when recording starts
@@ -115,7 +124,7 @@ class Session:
         self._ablation: StepAblation | None = None
         self._spread: Spread
         self._drawn: NDArray[np.float64] | None = None
-        self._armed = False
+        self._armed = self._forwards_checked = False
         self._step: _Step | None = None
         self._started = time.monotonic()
         self.last_line = LastLine(settings.directory, self.goal.rank)
@@ -206,7 +215,10 @@ class Session:
 
     def _manifest(self, flavour: str, settings: Mapping[str, object], versions: Mapping[str, str]) -> Manifest:
         family, denoiser = self.family, self._observer.denoiser
-        own = {"sigmas": self.settings.sigmas, "text": family.text, "noise": family.noise}
+        own: dict[str, object] = {"sigmas": self.settings.sigma_text, "text": family.text, "noise": family.noise}
+        if self.fixed_noise is not None:
+            own["noise_seed"] = self.fixed_noise.seed
+        modules, base = self.base or (module_table(denoiser), fingerprint(denoiser))
         return Manifest(
             schema=SCHEMA,
             run_id=new_run_id(),
@@ -216,10 +228,10 @@ class Session:
             streams=tuple(Stream(name, blocks) for name, blocks in self._observer.streams.items()),
             targets=tuple(Target(target.blocks, target.at_factor, target.at_double) for target in family.targets),
             readings=(*TOKENS, *self._observer.extra, *(self._ablation.readings if self._ablation else ())),
-            modules=tuple(Module(*row) for row in module_table(denoiser)),
+            modules=tuple(Module(*row) for row in modules),
             versions=dict(versions),
-            settings={**own, "noise_check": how_checked(family.name), **settings},
-            fingerprint=fingerprint(denoiser),
+            settings={**own, "noise_check": how_checked(family.name), **self.adapter_settings, **settings},
+            fingerprint=base,
             created=utc_now(),
             source="probe",
         )
@@ -247,10 +259,11 @@ class Session:
         self.recorder.check.add(model, batch, sigma_B)
         self._observer.begin(batch, mask_BS)
         distances: dict[tuple[str, str], torch.Tensor] = {}
-        if self._ablation is not None and self._spread.choose(self._drawn_for(count), facts["image"]):
-            output, distances = self._ablation.run(model, batch, predict, self._observer.finish)
-        else:
-            output, distances = predict(batch), self._observer.finish()
+        with self._checked_draws():
+            if self._ablation is not None and self._spread.choose(self._drawn_for(count), facts["image"]):
+                output, distances = self._ablation.run(model, batch, predict, self._observer.finish)
+            else:
+                output, distances = predict(batch), self._observer.finish()
         made = predictions(self.family.target, model, batch, output)
         loss_B = sample_losses(made) if made else torch.full_like(sigma_B, math.nan)
         self._step = _Step(sigma_B, mask_BS, facts, loss_B, distances)
@@ -278,9 +291,17 @@ class Session:
 
     def draw_sigmas(self, count: int, seed: int) -> NDArray[np.float64]:
         """The sigmas of the next `count` samples of this rank, (count,) in [0, 1): the same until these are kept."""
+        if self.fixed_noise is not None:
+            self._drawn = self.fixed_noise.sigmas(count)
+            return self._drawn
         draw = uniform_sigmas if self.settings.sigmas == "uniform" else stratified_sigmas
         self._drawn = draw(range(self._number, self._number + count), seed=seed, rank=self.goal.rank)
         return self._drawn
+
+    def _checked_draws(self) -> AbstractContextManager[object]:
+        """With a noise seed, the first forward must draw nothing. Later ones are taken for its like, at no cost."""
+        first, self._forwards_checked = not self._forwards_checked, True
+        return NoDraws(self.family.name) if self.fixed_noise is not None and first else nullcontext()
 
     def _drawn_for(self, count: int) -> list[float] | None:
         """The sigmas of the batch if the probe drew them: what the host knows of them without asking the device."""

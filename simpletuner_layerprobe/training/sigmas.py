@@ -4,6 +4,8 @@ Every rank has a sequence of its own. Its members are numbered from 0, and a run
 of the samples that this rank has recorded: however unevenly ranks stop, and however many there are the next time, none
 is drawn twice and each rank's own samples fill the strata.
 
+With a noise seed (fixed_noise.py) there is no sequence: `image_sigma` gives each repeat of an image its sigma.
+
 Shape letters: N samples.
 """
 
@@ -48,6 +50,30 @@ def _stratified_sigma(number: int, seed: int, rank: int) -> float:
         prefix = prefix * 10 + digit
     inside = _random(seed, rank, cycle, CYCLE * 10 + position).random()
     return (stratum + inside) / CYCLE
+
+
+SPREAD_DIGITS = (0, 5, 2, 7, 1, 6, 3, 8, 4, 9)
+"""The order in which the tenths of an image's sigmas come: two repeats are a half apart, four at least a fifth."""
+
+
+def image_sigma(image: int, repeat: int, *, seed: int, stratified: bool) -> float:
+    """The sigma in [0, 1) of one repeat of an image, whatever else is in the run; uniform over [0, 1) over the images.
+
+    image: its 64-bit hash. Stratified: an offset of the image, independent and uniform, plus the repeat's radical
+    inverse in base 10 with the digits in the order of SPREAD_DIGITS, modulo 1 (a rotation: Cranley and Patterson, 1976,
+    SIAM Journal on Numerical Analysis 13). Every aligned ten repeats of an image fill the ten tenths of [0, 1], every
+    hundred the hundredths, and so on; images do not know of each other, so that their offsets are independent draws.
+    Otherwise every repeat is an independent draw.
+    """
+    words = (image & 0xFFFFFFFF, image >> 32)
+    if not stratified:
+        return float(_random(seed, seed >> 32, *words, repeat, 1).random())
+    inverse, unit = 0.0, 1.0
+    while repeat:
+        repeat, digit = divmod(repeat, 10)
+        unit /= 10
+        inverse += SPREAD_DIGITS[digit] * unit
+    return float((_random(seed, seed >> 32, *words, 0).random() + inverse) % 1.0)
 
 
 def _random(seed: int, *place: int) -> np.random.Generator:

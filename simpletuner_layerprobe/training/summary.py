@@ -25,11 +25,19 @@ def start_text(
     """
     blocks = ", ".join(f"{len(paths)} {stream}" for stream, paths in streams.items())
     lines = [
-        f"layerprobe: probe-only run, nothing is trained. Blocks: {blocks}. Sigmas: {settings.sigmas}. "
+        f"layerprobe: probe-only run, nothing is trained. Blocks: {blocks}. Sigmas: {settings.sigma_text}. "
         f"Samples: {goal.samples or 'as max_train_steps or the epochs give'}. Device: {device}.",
         f"layerprobe: run folder {settings.directory}"
         + (f", goes on after {goal.recorded} samples" if goal.recorded else ""),
     ]
+    if settings.adapter:
+        lines.append(
+            f"layerprobe: the adapter {settings.adapter} is on the base; what is recorded is the adapted model"
+        )
+    if settings.noise_seed is not None:
+        lines.append(
+            f"layerprobe: noise seed {settings.noise_seed}: each repeat of an image has a sigma and noise of its own"
+        )
     if extra:
         lines.append(f"layerprobe: further readings: {', '.join(extra)}")
     if forwards:

@@ -22,8 +22,10 @@ from simpletuner_layerprobe import __version__
 from simpletuner_layerprobe.errors import ProbeError, SeamError
 from simpletuner_layerprobe.probe import families
 from simpletuner_layerprobe.probe.blocks import discover
+from simpletuner_layerprobe.probe.fingerprint import fingerprint
+from simpletuner_layerprobe.probe.modules import module_table
 from simpletuner_layerprobe.probe.wrappers import unwrapped
-from simpletuner_layerprobe.training import cpu, given, loop, overrides, signals
+from simpletuner_layerprobe.training import adapter, cpu, given, loop, overrides, signals
 from simpletuner_layerprobe.training.options import ProbeSettings
 from simpletuner_layerprobe.training.seams import SEAMS, missing_seams, simpletuner_version
 from simpletuner_layerprobe.training.session import Session, Watcher
@@ -158,34 +160,42 @@ def start_session(trainer: Any, settings: ProbeSettings) -> Session:
     """Check that this config can be probed, switch off what trains, and make the session. Raises ProbeError."""
     config = trainer.config
     overrides.refuse(config)
+    if settings.noise_seed is not None:
+        overrides.refuse_with_noise_seed(config)
     if not settings.discover or families.is_known(config.model_family):
         families.family(config.model_family)
     watchers = trainer.layerprobe_watchers_of(
         settings, lambda: trainer.accelerator.trackers, lambda: trainer.state["global_step"]
     )
     session = Session(settings, given.given_options(), watchers)
-    session.changed = overrides.override(config, session.options)
+    session.changed = overrides.override(config, session.options, ("lycoris_config",) if session.adapter else ())
     backend = overrides.switch_off_compilation(trainer.accelerator)
     if backend != "no" and "dynamo_backend" not in session.options:
         session.changed.append(f"no compilation: {backend}, from `accelerate config` or the environment")
     if config.seed is not None and session.goal.recorded:
         # The loop starts from its first image again; other noise and crops make the samples new ones.
         config.seed = int(config.seed) + session.goal.recorded
-        session.changed.append(f"seed: other noise than the {session.goal.recorded} samples recorded so far")
+        other = "other noise than" if settings.noise_seed is None else "images in another order than"
+        session.changed.append(f"seed: {other} the {session.goal.recorded} samples recorded so far")
     session.stop.before_the_loop()
     return session
 
 
 @_wrapper
 def init_trainable_peft_adapter(original: Any, session: Session, self: Any) -> None:
-    """No adapter is made. What else the original does and a forward feels: for PEFT's LoRA it sets the strength of the
-    assistant LoRA; for LyCORIS it leaves that as it was loaded."""
+    """No adapter is made but one to be probed. What else the original does and a forward feels: for PEFT's LoRA it sets
+    the strength of the assistant LoRA; for LyCORIS it leaves that as it was loaded."""
     config, model, denoiser = self.config, self.model, self.model.get_trained_component()
+    if session.adapter is not None:
+        session.base = module_table(denoiser), fingerprint(denoiser)
+        began_from_file = bool(session.options.get("init_lora"))
+        session.adapter_settings = adapter.load(self, session.adapter, lambda: original(self), began_from_file)
     if getattr(model, "assistant_lora_loaded", False):
         session.assistant = 1.0
         if "lora" in config.model_type and config.lora_type.lower() == "standard":
             session.assistant = float(getattr(config, "assistant_lora_strength", 1.0))
-            denoiser.set_adapters([model.assistant_adapter_name], [session.assistant])
+            if session.adapter is None:  # else the original has put both to work
+                denoiser.set_adapters([model.assistant_adapter_name], [session.assistant])
     denoiser.requires_grad_(False)
 
 
@@ -231,7 +241,8 @@ def init_optimizer(original: Any, session: Session, self: Any) -> None:
 
 @_wrapper
 def _get_trainable_parameters(original: Any, session: Session, self: Any) -> list[torch.nn.Parameter]:
-    return [session.idle_parameter]
+    made = hasattr(session, "idle_parameter")  # not yet where SimpleTuner counts those of an adapter that is probed
+    return [session.idle_parameter] if made else list(original(self))
 
 
 @_wrapper
@@ -294,6 +305,7 @@ def train(original: Any, session: Session, self: Any) -> None:
         loop.no_backward(self, session),
         loop.counted_at_the_end(self, session),
         loop.probe_sigmas(self, session),
+        loop.fixed_noise(self, session),
     ):
         if goal.rank == 0:
             print(session.start_text(str(self.accelerator.device)), flush=True)

@@ -50,6 +50,11 @@ def test_values_as_the_command_line_gives_them():
         ("layerprobe_block_pairs", "-2"),
         ("layerprobe_block_pairs", "2.5"),
         ("layerprobe_block_pairs", "all"),
+        ("layerprobe_noise_seed", "-1"),
+        ("layerprobe_noise_seed", "1.5"),
+        ("layerprobe_noise_seed", str(2**63)),
+        ("layerprobe_noise_seed", "9" * 5000),
+        ("layerprobe_noise_seed", "some"),
         ("layerprobe_flush_seconds", "0"),
         ("layerprobe_flush_seconds", "inf"),
         ("layerprobe_flush_seconds", "soon"),
@@ -64,6 +69,19 @@ def test_values_as_the_command_line_gives_them():
 def test_wrong_values_name_the_option(name, value):
     with fails(f"{name} is"):
         ProbeSettings.from_config(config(**{name: value}))
+
+
+@pytest.mark.parametrize(
+    ("value", "seed"), [("none", None), (None, None), ("", None), ("7", 7), (0, 0), (str(2**63 - 1), 2**63 - 1)]
+)
+def test_a_noise_seed_is_a_whole_number_or_none(value, seed):
+    settings = ProbeSettings.from_config(config(layerprobe_noise_seed=value))
+    assert settings is not None and settings.noise_seed == seed
+
+
+def test_a_noise_seed_and_the_sigmas_of_a_training_do_not_go_together():
+    with fails("layerprobe_noise_seed fixes the noise levels, and layerprobe_sigmas is 'training'"):
+        ProbeSettings.from_config(config(layerprobe_noise_seed=1, layerprobe_sigmas="training"))
 
 
 def test_every_option_has_a_label_and_help():

@@ -1,18 +1,19 @@
 #!/bin/sh
-# A user's whole session on a tiny real pipeline: probe, look, write the weighted config, prove it, train with it.
+# A user's whole session on the small trained pipeline of examples/emoji: probe, look, write a LoKr config, prove it, train
+# with it on a style that the pipeline has never seen, and draw captions that no training has seen.
 #
-#     sh examples/demo.sh FOLDER      (FOLDER is made; simpletuner and layerprobe have to be on PATH)
+#     sh examples/demo.sh FOLDER      (FOLDER is made; python, simpletuner and layerprobe have to be on PATH)
 #
-# It runs on the CPU if there is no GPU, downloads nothing, and takes about four minutes, most of them imports.
+# It runs on the CPU if there is no GPU, downloads nothing, and takes about six minutes on two free cores.
 set -eu
 
 if [ $# -ne 1 ]; then
     echo "usage: demo.sh FOLDER" >&2
     exit 2
 fi
-examples=$(cd "$(dirname "$0")" && pwd)
+emoji=$(cd "$(dirname "$0")/emoji" && pwd)
 folder=$1
-run=output/tiny-probe/layerprobe
+run=output/emoji-demo/layerprobe
 
 # Nothing here comes from the Hugging Face hub; this makes a mistake fail at once instead of waiting for the network.
 export HF_HUB_OFFLINE=1
@@ -26,27 +27,26 @@ try() {
     "$@"
 }
 
-try python "$examples/tiny_sd3.py" --out "$folder"
+announce cp -r "$emoji" "$folder"
+cp -r "$emoji" "$folder"
 announce cd "$folder"
 cd "$folder"
+try python unpack.py
 
-try simpletuner train env=tiny-probe
+# 160 samples of the 200 pictures that are trained on; in half of them every block is left out once.
+try simpletuner train env=emoji-demo
 try layerprobe status "$run"
-try layerprobe heatmap "$run" --out figures
+try layerprobe report "$run"
 
-announce layerprobe lokr "$run" --preset article --env tiny-weighted
-layerprobe lokr "$run" --preset article --env tiny-weighted >table.txt
-cat table.txt
-try layerprobe check-config config/tiny-weighted/lycoris_config.json --run "$run" --differences
+try layerprobe lokr "$run" --params 300k --env emoji-weighted
+try layerprobe check-config config/emoji-weighted/lycoris_config.json --run "$run" --differences
 
-try simpletuner train env=tiny-weighted
+# 80 steps at batch 8
+try simpletuner train env=emoji-weighted
+try python draw.py --adapter output/emoji-weighted/pytorch_lora_weights.safetensors --out sheet.png
 
 echo
-sed -e '/^written:/d' -e '/^next:/d' table.txt
-echo
-echo "In $PWD:"
-for path in "$run" figures config/tiny-weighted output/tiny-weighted; do
-    for file in "$path"/*; do
-        if [ -f "$file" ]; then echo "  $file"; fi
-    done
-done
+echo "To look at, in $PWD:"
+echo "  $run/report.html       which blocks turn the states, and which the loss needs"
+echo "  sheet.png                                  true pictures, the pipeline before, and after the training"
+echo "  config/emoji-weighted/lycoris_config.json  the LoKr config that was trained"

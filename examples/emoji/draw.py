@@ -2,19 +2,20 @@
 
     python draw.py --adapter output/emoji-weighted/pytorch_lora_weights.safetensors --out sheet.png
 
-Three rows: the true pictures, which no training has seen; the pipeline; the pipeline with the adapter. The same noise in
-both.
+Three rows: the true pictures, which no training has seen; the pipeline; the pipeline with the adapter, from the same
+noise. The adapter's lycoris_config.json lies beside it, as SimpleTuner leaves it.
 """
 
 import argparse
 import io
+import json
 import sys
 from pathlib import Path
 
 import torch
 from diffusers import StableDiffusion3Pipeline
 from emoji_set import EmojiSet
-from lycoris import create_lycoris_from_weights
+from lycoris import LycorisNetwork, create_lycoris
 from PIL import Image, ImageDraw
 
 HERE = Path(__file__).parent
@@ -36,11 +37,24 @@ def main() -> None:
     pipeline = StableDiffusion3Pipeline.from_pretrained(options.pipeline, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     before = draw(pipeline, captions, options.seed)
-    adapter, _ = create_lycoris_from_weights(1.0, str(options.adapter), pipeline.transformer)
-    adapter.merge_to(1.0)
+    merge(options.adapter, pipeline.transformer)
     after = draw(pipeline, captions, options.seed)
     sheet({"true": true, "before": before, "after": after}).save(options.out)
     print(f"{options.out}: {len(captions)} captions that no training has seen; true pictures, before, after")
+
+
+def merge(adapter: Path, transformer: torch.nn.Module) -> None:
+    """Add what the adapter has learned to the weights.
+
+    The network is built from its config: from the file alone LyCORIS 4.1.3 cannot tell the factors of a LoKr whose w1
+    is not square.
+    """
+    config = json.loads((adapter.parent / "lycoris_config.json").read_text(encoding="utf-8"))
+    LycorisNetwork.apply_preset(config.pop("apply_preset"))
+    first = [config.pop(name) for name in ("multiplier", "linear_dim", "linear_alpha")]
+    network = create_lycoris(transformer, *first, **config)
+    network.load_weights(str(adapter))
+    network.merge_to(1.0)
 
 
 def held_out(data: Path, style: str, count: int) -> tuple[list[str], list[Image.Image]]:

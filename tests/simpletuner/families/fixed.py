@@ -1,17 +1,8 @@
-"""Prepares and runs every case of table.py twice with one noise seed, from other states of every random generator.
-
-One JSON object a line: {"family", "label", "different": [names of tensors that differ]} or {..., "error": the line}.
-
-    python tests/simpletuner/families/fixed.py
-"""
+"""Prepares and runs a case twice with one noise seed, from other states of every random generator."""
 
 from __future__ import annotations
 
-import json
-import os
 import random
-import sys
-import tempfile
 from collections import Counter
 from contextlib import nullcontext
 from typing import Any
@@ -19,28 +10,8 @@ from typing import Any
 SEED = 7
 
 
-def main() -> int:
-    lines = os.fdopen(os.dup(1), "w")  # SimpleTuner prints to stdout
-    os.dup2(2, 1)
-    import simpletuner.helpers.training.trainer  # noqa: F401
-    import torch
-    from table import CASES
-
-    torch.set_num_threads(1)
-    failed = False
-    with tempfile.TemporaryDirectory() as folder:
-        tempfile.tempdir = folder
-        for name in sorted({case.family for case in CASES}):
-            if os.fork() == 0:
-                for case in (case for case in CASES if case.family == name):
-                    told = {"family": name, "label": case.name, **told_of(case)}
-                    print(json.dumps(told), file=lines, flush=True)
-                os._exit(0)
-            failed |= os.wait()[1] != 0
-    return int(failed)
-
-
 def told_of(case: Any) -> dict[str, Any]:
+    """{"different": [names of tensors that differ]}, or {"error": the line}."""
     from simpletuner_layerprobe.errors import ProbeError
 
     try:
@@ -105,7 +76,3 @@ def named(name: str, value: Any) -> dict[str, Any]:
 def same(first: dict[str, Any], second: dict[str, Any], name: str) -> bool:
     a, b = first.get(name), second.get(name)
     return a is not None and b is not None and a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
-
-
-if __name__ == "__main__":
-    sys.exit(main())

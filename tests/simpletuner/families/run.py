@@ -66,6 +66,7 @@ def leave_with(name: str, lines: TextIO) -> None:
 def run_family(name: str, lines: TextIO) -> int:
     import torch
     from case import run_case
+    from fixed import told_of
     from table import CASES
 
     code = 0
@@ -76,6 +77,7 @@ def run_family(name: str, lines: TextIO) -> int:
             try:
                 exact = dtype == "float32" and not checkpointing
                 outcome = asdict(run_case(case, getattr(torch, dtype), checkpointing, ablation=exact))
+                outcome |= {"fixed": told_of(case)} if exact else {}
             except Exception as error:
                 traceback.print_exc()
                 outcome = {"family": name, "label": case.name, "error": f"{type(error).__name__}: {error}"}

@@ -20,6 +20,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -68,12 +69,13 @@ def steps(folder: Path, count: int, flush_seconds: float) -> dict[str, Any]:
     session = Session(ProbeSettings(directory=str(folder / "run"), flush_seconds=flush_seconds), {})
     session.family = tiny.entry
     log = io.StringIO()
-    with contextlib.redirect_stdout(log), torch.no_grad(), session.recording(tiny.denoiser, "", {}, {}):
+    model = SimpleNamespace(get_prediction_target=lambda batch: batch["latents"])
+    recording = session.recording(tiny.denoiser, "", {}, {}, to_come=count)
+    with contextlib.redirect_stdout(log), torch.no_grad(), recording:
         for step in range(1, count + 1):
             session.arm()
-            with session.forward(None, tiny.batch | batch_of(step)):
-                loss = tiny.forward().square().mean()
-            session.commit(loss)
+            session.forward(model, tiny.batch | batch_of(step), lambda batch: {"model_prediction": tiny.forward()})
+            session.commit()
             if step in marks:
                 states.append({"step": step} | state() | {"log_bytes": len(log.getvalue())})
     run = load_run(folder / "run")

@@ -56,7 +56,7 @@ class Probe:
         device = subject.batch["latents"].device
         self.sigma_B = torch.full((count,), 0.5, device=device)
         self.tokens_B = torch.full((count,), 77, device=device)
-        self.loss = torch.tensor(0.5, device=device)
+        self.loss_B = torch.full((count,), 0.5, device=device)
 
     @contextmanager
     def __call__(self, subject: Subject) -> Iterator[Step]:
@@ -65,7 +65,7 @@ class Probe:
             self.observer.begin(subject.batch)
             subject.forward()
             found = self.observer.finish()
-            self.buffer.append(found, self.sigma_B, self.loss, self.tokens_B, self.facts, subject.count)
+            self.buffer.append(found, self.sigma_B, self.loss_B, self.tokens_B, self.facts, subject.count)
 
         with self.observer:
             yield step

@@ -37,14 +37,14 @@ def main() -> None:
     pipeline = StableDiffusion3Pipeline.from_pretrained(options.pipeline, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     before = draw(pipeline, captions, options.seed)
-    merge(options.adapter, pipeline.transformer)
+    apply(options.adapter, pipeline.transformer)
     after = draw(pipeline, captions, options.seed)
     sheet({"true": true, "before": before, "after": after}).save(options.out)
     print(f"{options.out}: {len(captions)} captions that no training has seen; true pictures, before, after")
 
 
-def merge(adapter: Path, transformer: torch.nn.Module) -> None:
-    """Add what the adapter has learned to the weights.
+def apply(adapter: Path, transformer: torch.nn.Module) -> None:
+    """Put the adapter onto the transformer.
 
     The network is built from its config: from the file alone LyCORIS 4.1.3 cannot tell the factors of a LoKr whose w1
     is not square.
@@ -53,8 +53,10 @@ def merge(adapter: Path, transformer: torch.nn.Module) -> None:
     LycorisNetwork.apply_preset(config.pop("apply_preset"))
     first = [config.pop(name) for name in ("multiplier", "linear_dim", "linear_alpha")]
     network = create_lycoris(transformer, *first, **config)
-    network.load_weights(str(adapter))
-    network.merge_to(1.0)
+    network.apply_to()
+    loaded = network.load_weights(str(adapter))
+    if loaded:
+        raise SystemExit(f"{adapter} is not of this config: {str(loaded)[:200]}")
 
 
 def held_out(data: Path, style: str, count: int) -> tuple[list[str], list[Image.Image]]:

@@ -10,59 +10,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from simpletuner_layerprobe.analyse.bootstrap import Bootstrap
 from simpletuner_layerprobe.analyse.chances import above, holm, pooled_freedom, scores, student95
+from simpletuner_layerprobe.analyse.change import ALPHA, BIN_SAMPLES, KIND_ALPHA, Change, require_same_blocks
+from simpletuner_layerprobe.analyse.paired import Paired
 from simpletuner_layerprobe.analyse.samples import Samples
 from simpletuner_layerprobe.analyse.sections import plain
 from simpletuner_layerprobe.analyse.settled import Confidence, Decide, confidence
-from simpletuner_layerprobe.analyse.shapes import ranges
 from simpletuner_layerprobe.analyse.units import UnitMeans, unit_means
 from simpletuner_layerprobe.errors import ProbeError
 from simpletuner_layerprobe.readings import all_blocks
 
-if TYPE_CHECKING:
-    from simpletuner_layerprobe.analyse.paired import Paired
-
-ALPHA = 0.05
-"""The chance that a comparison of two runs of the same truth shows any change at all."""
-KIND_ALPHA = ALPHA / 3
-"""The part of it that the cells, the blocks and the factors may each take."""
-BIN_SAMPLES = 20
-"""Samples that a bin must have in both runs: with fewer, skewed distances make chances smaller than they are."""
 RESOLUTION = 1e-7
 """Of the mean: float32 holds no finer differences, so a smaller one is not looked into."""
 SAME, CHANGED, OPEN = "same", "changed", "not settled"
-
-
-@dataclass(frozen=True)
-class Change:
-    """Numbers of run A and of run B, arrays of one shape, and how they differ.
-
-    a, b: float64. difference: b - a. low, high: its 95% interval, of each number by itself. p: the two-sided chance of
-    a difference as large if there is none, after Holm's correction for all tests of its kind; NaN where none was made.
-    """
-
-    a: NDArray[np.float64]
-    b: NDArray[np.float64]
-    difference: NDArray[np.float64]
-    low: NDArray[np.float64]
-    high: NDArray[np.float64]
-    p: NDArray[np.float64]
-
-    @property
-    def significant(self) -> NDArray[np.bool_]:
-        """Where there is a change beyond chance. The same shape, bool."""
-        beyond: NDArray[np.bool_] = np.nan_to_num(self.p, nan=1.0) <= KIND_ALPHA
-        return beyond
-
-    def columns(self, part: slice) -> Change:
-        """These columns of the last axis."""
-        return Change(*(getattr(self, name)[..., part] for name in ("a", "b", "difference", "low", "high", "p")))
 
 
 @dataclass(frozen=True)
@@ -152,26 +118,6 @@ def compare(
         factors_missing=missing,
         notes=tuple(_notes(a, b, streams)),
     )
-
-
-def require_same_blocks(a: Samples, b: Samples) -> None:
-    """Raises ProbeError, naming the first difference, if the runs are not of the same reading, streams and blocks."""
-    wanted = "compare runs of the same architecture"
-    if a.reading != b.reading:
-        raise ProbeError(f"the runs have different readings: A has {a.reading}, B has {b.reading}; compare the same")
-    if a.blocks.keys() != b.blocks.keys():
-        names = [", ".join(sorted(side.blocks)) for side in (a, b)]
-        raise ProbeError(f"the runs have different streams: A has {names[0]}, B has {names[1]}; {wanted}")
-    for name, blocks_a in a.blocks.items():
-        blocks_b = b.blocks[name]
-        if len(blocks_a) != len(blocks_b):
-            differ = f"A has {len(blocks_a)}, B has {len(blocks_b)}"
-        else:
-            pair = next((pair for pair in zip(blocks_a, blocks_b, strict=True) if pair[0] != pair[1]), None)
-            if pair is None:
-                continue
-            differ = f"A has {pair[0]!r:.80} where B has {pair[1]!r:.80}"
-        raise ProbeError(f"the runs have different blocks in the {name} stream: {differ}; {wanted}")
 
 
 def _notes(a: Samples, b: Samples, streams: Mapping[str, StreamComparison]) -> Iterator[str]:
@@ -310,13 +256,6 @@ def _factors(
 def as_json(comparison: Comparison) -> dict[str, Any]:
     """The comparison as JSON values, by the names of its fields; numbers that are not known are null."""
     return {"alpha": ALPHA, "kind_alpha": KIND_ALPHA, **plain(asdict(comparison))}
-
-
-def sigma_text(changed_T: NDArray[np.bool_]) -> str:
-    """The parts of sigma that these bins cover, neighbours joined: "0.2 to 0.5, 0.9 to 1", "none"."""
-    bins = len(changed_T)
-    parts = (f"{first / bins:.3g} to {(last + 1) / bins:.3g}" for first, last in ranges(changed_T))
-    return ", ".join(parts) or "none"
 
 
 def change_text(levels: Change, i: int) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simpletuner_layerprobe.analyse.chances import Z95, above, holm, scores, student95
-from simpletuner_layerprobe.analyse.compare import ALPHA, BIN_SAMPLES, Change, require_same_blocks, sigma_text
+from simpletuner_layerprobe.analyse.change import ALPHA, BIN_SAMPLES, Change, require_same_blocks, sigma_text
 from simpletuner_layerprobe.analyse.samples import Samples
 from simpletuner_layerprobe.analyse.units import bin_index, grouped, sums
 from simpletuner_layerprobe.errors import ProbeError

@@ -8,7 +8,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from simpletuner_layerprobe.analyse import compare as analysis
-from simpletuner_layerprobe.analyse.compare import Comparison, StreamComparison, as_json, change_text, sigma_text
+from simpletuner_layerprobe.analyse.change import sigma_text
+from simpletuner_layerprobe.analyse.compare import Comparison, StreamComparison, as_json, change_text
 from simpletuner_layerprobe.analyse.paired import Paired, clear, paired, paired_text
 from simpletuner_layerprobe.analyse.sections import chance
 from simpletuner_layerprobe.api.run import Run

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from simpletuner_layerprobe.analyse.change import sigma_text
 from simpletuner_layerprobe.analyse.compare import (
     CHANGED,
     Comparison,
     FactorComparison,
     StreamComparison,
     change_text,
-    sigma_text,
 )
 from simpletuner_layerprobe.analyse.heatmap import bin_edges
 from simpletuner_layerprobe.analyse.paired import clear, paired_text

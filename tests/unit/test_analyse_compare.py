@@ -13,17 +13,15 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from simpletuner_layerprobe.analyse.bootstrap import Bootstrap
+from simpletuner_layerprobe.analyse.change import ALPHA, KIND_ALPHA, sigma_text
 from simpletuner_layerprobe.analyse.compare import (
-    ALPHA,
     CHANGED,
-    KIND_ALPHA,
     OPEN,
     SAME,
     Comparison,
     as_json,
     change_text,
     compare,
-    sigma_text,
 )
 from simpletuner_layerprobe.analyse.samples import Samples
 from simpletuner_layerprobe.analyse.settled import Decide, article_decide

@@ -55,7 +55,7 @@ def drop_variance(vae: AutoencoderKL) -> None:
     """The posterior keeps its mean and loses its variance.
 
     SimpleTuner draws each picture's latents once, and this VAE's posterior is half as wide as the latents themselves:
-    what an adapter then learns of 200 pictures is mostly their noise. The VAEs of real models are nearly certain.
+    an adapter then learns the noise of its pictures by heart. The VAEs of real models are nearly certain.
     """
     head = vae.encoder.conv_out
     channels = head.out_channels // 2

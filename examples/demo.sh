@@ -33,7 +33,7 @@ announce cd "$folder"
 cd "$folder"
 try python unpack.py
 
-# 160 samples of the 200 pictures that are trained on; in half of them every block is left out once.
+# 208 samples of the 200 pictures that are trained on; in 160 of them every block is left out once.
 try simpletuner train env=emoji-demo
 try layerprobe status "$run"
 try layerprobe report "$run"

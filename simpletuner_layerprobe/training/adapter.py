@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from simpletuner_layerprobe.errors import ConfigError
 from simpletuner_layerprobe.probe.modules import module_table
 
-MAX_HEADER_BYTES = 64 * 1024**2
 ADAPTER = "default"
 """What PEFT calls the adapter that SimpleTuner trains."""
 DROPOUTS = ("dropout", "rank_dropout", "module_dropout")
@@ -43,20 +42,18 @@ class AdapterFile:
         file = Path(path)
         try:
             with file.open("rb") as opened:
-                size = struct.unpack("<Q", opened.read(8))[0]
-                header: dict[str, Any] = json.loads(opened.read(size) if size <= MAX_HEADER_BYTES else b"")
-            with file.open("rb") as opened:
                 sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
-            metadata = header.pop("__metadata__", {})
-            shapes = {str(key): tuple(map(int, value["shape"])) for key, value in header.items()}
+            with safe_open(file, "pt") as opened:
+                shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
+                metadata = opened.metadata() or {}
         except OSError as error:
-            raise ConfigError(f"layerprobe_adapter: cannot read {path}: {error.strerror}") from None
-        except (ValueError, struct.error, AttributeError, TypeError, KeyError, RecursionError):
+            raise ConfigError(f"layerprobe_adapter: cannot read {path}: {error.strerror or error}") from None
+        except SafetensorError:
             raise ConfigError(
                 f"layerprobe_adapter: {path} is no safetensors file; give the one that SimpleTuner saved, such as "
                 f"pytorch_lora_weights.safetensors"
             ) from None
-        return cls(file, sha256, shapes, metadata if isinstance(metadata, dict) else {})
+        return cls(file, sha256, shapes, metadata)
 
     def require(self, expected: Shapes, made_by: str) -> None:
         """Raises ConfigError, naming a tensor, if the file does not have these. made_by: what wants them."""

@@ -48,7 +48,7 @@ FOREIGN: dict[str, set[str]] = {
     "files": set(),
     "probe": {"torch", "triton", "numpy"},
     "run": {"numpy", "pyarrow", "pandas"},
-    "training": {"torch", "numpy", "simpletuner", "accelerate"},
+    "training": {"torch", "numpy", "safetensors", "simpletuner", "accelerate"},
     "analyse": {"numpy", "scipy"},
     "lokr": {"numpy", "scipy", "torch", "lycoris", "peft", "safetensors"},
     "show": {"numpy", "matplotlib", "PIL"},

@@ -83,7 +83,7 @@ class Ablation:
                 _check_shape(block, seam, shape, result)
             given.extend((block.path, tensor, tensor._version) for tensor in _tensors(result) if _tells(tensor))
             parts = {seam.stream: part_of(block.path, seam.stream) for seam in block.seams}
-            drawn = None if end.same_in_torch(start) else end
+            drawn = None if end.same(start) else end
             self._kept.append(_Kept(block.path, self._room_for(block, result), parts, drawn))
             return result
 

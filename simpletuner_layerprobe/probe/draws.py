@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,8 @@ class Draws:
         self._torch = [torch.get_rng_state()]
         if torch.cuda.is_initialized():
             self._torch.append(torch.cuda.get_rng_state())
-        self._python, self._numpy = random.getstate(), np.random.get_state()
+        self._python = random.getstate()
+        self._numpy: Any = np.random.get_state()
 
     def restore(self) -> None:
         """Draw from here on what was drawn from that moment on."""
@@ -27,9 +29,13 @@ class Draws:
         random.setstate(self._python)
         np.random.set_state(self._numpy)
 
-    def same_in_torch(self, other: Draws) -> bool:
-        """Whether nothing was drawn by torch between the two moments."""
-        return all(torch.equal(*pair) for pair in zip(self._torch, other._torch, strict=True))
+    def same(self, other: Draws) -> bool:
+        """Whether nothing was drawn between the two moments."""
+        return (
+            self._python == other._python
+            and all(np.array_equal(*pair) for pair in zip(self._numpy, other._numpy, strict=True))
+            and all(torch.equal(*pair) for pair in zip(self._torch, other._torch, strict=True))
+        )
 
 
 @contextmanager

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from small import DOUBLE_AND_JOINT, SMALL, Add, Denoiser, FluxLike, entry, flux_like, hooks, model_error
@@ -85,6 +87,26 @@ def test_each_block_left_out(kind, in_place, room):
     ablation.forget()
     assert ablation.kept_bytes == 0
     assert hooks(model) == 0 and not any("forward" in vars(block) for block in model.blocks)
+
+
+@pytest.mark.parametrize("draw", [lambda: torch.rand(()), np.random.rand, random.random])
+def test_whatever_generator_blocks_draw_from(draw):
+    """Each of the three by itself: the blocks after the one that hands on what it kept draw what they drew before."""
+
+    class Draws(nn.Module):
+        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            return hidden_states + float(draw())
+
+    model, x = Denoiser(Draws(), Draws(), Draws()), torch.zeros(1, 1, 1)
+    ablation = Ablation(find_blocks(model, SMALL))
+    steps: list[float] = []
+    with ablation.keep():
+        model(x, watch=lambda state: steps.append(state.item()))
+    own = np.diff([0.0, *steps])
+    for number, block in enumerate(ablation.blocks):
+        with ablation.without(block.path):
+            taken = model(x).item()
+        assert taken == pytest.approx(own.sum() - own[number], abs=1e-6)
 
 
 def test_what_blocks_draw_is_the_same_in_every_forward():

@@ -44,12 +44,12 @@ def compared_with_plain() -> None:
         plain = predict(copy)["model_prediction"]
         expected, drawn = self._observer.distances(), torch.get_rng_state()
         torch.set_rng_state(draws)
-        output, values = run(self, model, batch, predict, seen)
+        output, loss_B, values = run(self, model, batch, predict, seen)
         assert torch.equal(output["model_prediction"], plain) and torch.equal(torch.get_rng_state(), drawn)
         assert batch.keys() == copy.keys()
         assert all(torch.equal(value, values[key]) for key, value in expected.items())
         print("equal to the plain step", flush=True)
-        return output, values
+        return output, loss_B, values
 
     StepAblation.run = compared
 

@@ -60,8 +60,8 @@ class StepAblation:
 
     def run(
         self, model: Any, batch: dict[str, Any], predict: Predict, seen: Callable[[], Distances]
-    ) -> tuple[Any, Distances]:
-        """(what `predict` gives for this batch, (stream, reading) -> (B, L) float32) of a step.
+    ) -> tuple[Any, torch.Tensor, Distances]:
+        """(what `predict` gives for this batch, its losses (B,), (stream, reading) -> (B, L) float32) of a step.
 
         seen: gives the distances of the plain forward, and ends their taking; they are in the result too. Random
         numbers and the batch are those of the plain forward in all of them, and as it left them afterwards. A number
@@ -90,7 +90,7 @@ class StepAblation:
                     distances[stream, name] = torch.where(value_BL.isfinite(), value_BL, torch.inf)
         self._say_what_had_no_room()
         self.ablation.forget()
-        return output, distances
+        return output, loss_B, distances
 
     def _say_what_had_no_room(self) -> None:
         """Once: a step with it takes longer than it need."""

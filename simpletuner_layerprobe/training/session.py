@@ -258,14 +258,13 @@ class Session:
         mask_BS, facts = text_mask(batch, count), sample_facts(batch, count)
         self.recorder.check.add(model, batch, sigma_B)
         self._observer.begin(batch, mask_BS)
-        distances: dict[tuple[str, str], torch.Tensor] = {}
         with self._checked_draws():
             if self._ablation is not None and self._spread.choose(self._drawn_for(count), facts["image"]):
-                output, distances = self._ablation.run(model, batch, predict, self._observer.finish)
+                output, loss_B, distances = self._ablation.run(model, batch, predict, self._observer.finish)
             else:
                 output, distances = predict(batch), self._observer.finish()
-        made = predictions(self.family.target, model, batch, output)
-        loss_B = sample_losses(made) if made else torch.full_like(sigma_B, math.nan)
+                made = predictions(self.family.target, model, batch, output)
+                loss_B = sample_losses(made) if made else torch.full_like(sigma_B, math.nan)
         self._step = _Step(sigma_B, mask_BS, facts, loss_B, distances)
         return output
 

@@ -251,7 +251,7 @@ def test_states_without_room_are_said_once(capsys):
             torch.manual_seed(1)
             batch = {"image": torch.randn(2, 5, 6), "text": torch.randn(2, 3, 6)}
             observer.begin(batch)
-            made.append(step.run(simpletuner_model, batch, predict, observer.finish)[1]["block", "ablation"])
+            made.append(step.run(simpletuner_model, batch, predict, observer.finish)[2]["block", "ablation"])
     assert torch.equal(*made)
     said = capsys.readouterr().out
     assert said.count("layerprobe: warning:") == 1
@@ -282,7 +282,7 @@ def test_the_batch_and_the_random_numbers_are_as_a_plain_forward_leaves_them():
     with Observer(model, DOUBLE_AND_JOINT) as observer, torch.no_grad():
         observer.begin(batch)
         step = StepAblation(observer, "blocks", torch.device("cpu"))
-        _, values = step.run(simpletuner_model, batch, taking, observer.finish)
+        _, _, values = step.run(simpletuner_model, batch, taking, observer.finish)
     assert torch.equal(torch.get_rng_state(), expected)
     assert batch.keys() == plain.keys() and len(batch["list"]) == 3
     assert step.forwards == 3 and step.ablation.runs == 15

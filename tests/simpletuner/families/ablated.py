@@ -70,7 +70,7 @@ def ablated(observer: Observer, mode: str, model: Any, prepared: dict[str, Any])
     batch = dict(prepared)
     observer.begin(batch, text_mask(batch, BATCH))
     torch.manual_seed(SEED)
-    output, values = step.run(model, batch, model.model_predict, observer.finish)
+    output, _, values = step.run(model, batch, model.model_predict, observer.finish)
     return {
         "output": output["model_prediction"],
         "values": {name: value for (_, name), value in values.items() if name.startswith("ablation")},

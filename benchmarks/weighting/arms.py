@@ -3,7 +3,7 @@
 uniform, uniform-110             the planner's equal plan; at 110% of the parameters
 angle-4, against-angle-4         by contribution with this contrast; turned around. Also ablation, oracle, and by
                                  depth alone ends, middle, front, back
-shuffle-03                       angle-4 with the contributions permuted over the blocks
+shuffle-03                       angle-12 with the contributions permuted over the blocks
 attention-x2, image-x2           equal over blocks, the parameters of a kind or of a side doubled against the others
 freeze-ablation-2, freeze-random-3   equal, without the two blocks that ablation needs least; without two drawn ones
 article-full, uniform-article-size   the article's recipe at its own size, the equal plan of that size
@@ -36,10 +36,10 @@ from weighting.split import split_by_energy, split_by_weight
 
 BUDGET, ORACLE_BUDGET = 300_000, 2_000_000
 TOLERANCE, LARGEST_GAP = 0.001, 0.005
-SHUFFLED = "angle-4"
+SHUFFLED = "angle-12"
 READINGS = ("angle", "against-angle", "ablation", "against-ablation")
 CONTRASTS = ("1.5", "2", "4", "12")
-SHUFFLES = tuple(f"shuffle-{number:02}" for number in range(16))
+SHUFFLES = tuple(f"shuffle-{number:02}" for number in range(12))
 NAMED = (
     "uniform", "uniform-90", "uniform-110", "uniform-125",
     *(f"{reading}-{contrast}" for reading in READINGS for contrast in CONTRASTS),

@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from weighting.arm import Arm
+from weighting.arms import SHUFFLED
 from weighting.figures import by_size, differences
-from weighting.results import FINAL, Result, mean_by_rate, read_results
-from weighting.rounds import ROUND, SHUFFLE_SEEDS
+from weighting.results import FINAL, Result, read_results
+from weighting.rounds import ROUND, SHUFFLE_SEEDS, is_shuffle, tuning_means
 from weighting.statistics import Difference, difference, exchange_rate, holm, verdict
 from weighting.store import load_arms
 from weighting.task import read_json
@@ -45,14 +46,12 @@ def full_rounds(
 
     Raises ValueError if not even one round is complete.
     """
-    named = [arm for arm in arms if not arm.startswith("shuffle-")]
+    named = [arm for arm in arms if not is_shuffle(arm)]
     seeds = sorted(set.intersection(*(set(found.get(arm, {})) for arm in named)))
     seeds = seeds[: len(seeds) // ROUND * ROUND] or seeds
     if not seeds:
         raise ValueError("not one seed is there for every named arm")
-    shuffles = [
-        arm for arm in arms if arm.startswith("shuffle-") and set(seeds[:SHUFFLE_SEEDS]) <= set(found.get(arm, {}))
-    ]
+    shuffles = [arm for arm in arms if is_shuffle(arm) and set(seeds[:SHUFFLE_SEEDS]) <= set(found.get(arm, {}))]
     return seeds, [*named, *shuffles]
 
 
@@ -67,7 +66,7 @@ def rows_of(results: Sequence[Result], base: str, arms: Mapping[str, Arm], refer
         name: difference(loss_SQ, base_SQ[: len(loss_SQ)]) for name, loss_SQ in image_SQ.items() if name != reference
     }
     margin = -own["uniform-110"].mean if "uniform-110" in own else 0.0
-    tested = [name for name in own if not name.startswith("shuffle-") and name not in OTHER_SIZE]
+    tested = [name for name in own if not is_shuffle(name) and name not in OTHER_SIZE]
     rejected, levels = holm([own[name].p for name in tested])
     corrected = {name: (bad, level) for name, bad, level in zip(tested, rejected, levels, strict=True)}
     mean = {name: float(loss_SQ.mean()) for name, loss_SQ in image_SQ.items()}
@@ -81,7 +80,7 @@ def rows_of(results: Sequence[Result], base: str, arms: Mapping[str, Arm], refer
             "note": arm.note,
             "parameters": arm.parameters,
             "learning_rate": next(one.rate for one in results if (one.base, one.phase, one.arm) == (base, FINAL, name)),
-            "tuning": {f"{rate:g}": round(loss, DIGITS) for rate, loss in mean_by_rate(results, base, name).items()},
+            "tuning": {f"{rate:g}": round(loss, DIGITS) for rate, loss in tuning_means(results, base, name).items()},
             "loss": round(mean[name], DIGITS),
             "loss_by_seed": [round(float(loss), DIGITS) for loss in loss_SQ.mean(axis=1)],
             "loss_by_sigma": [round(float(loss), 5) for loss in stacked[name].mean(axis=(0, 1), dtype=np.float64)],
@@ -104,10 +103,10 @@ def rows_of(results: Sequence[Result], base: str, arms: Mapping[str, Arm], refer
             low, high = one.interval(level)
             row |= {"holm_interval": [round(low, DIGITS), round(high, DIGITS)], "verdict": verdict(one, bad, margin)}
         rows.append(row)
-    shuffles = [own[name].mean for name in own if name.startswith("shuffle-")]
+    shuffles = [own[name].mean for name in own if is_shuffle(name)]
     place = None
-    if shuffles and "angle-4" in own:
-        first = image_SQ["angle-4"][:SHUFFLE_SEEDS] - base_SQ[:SHUFFLE_SEEDS]
+    if shuffles and SHUFFLED in own:
+        first = image_SQ[SHUFFLED][:SHUFFLE_SEEDS] - base_SQ[:SHUFFLE_SEEDS]
         place = {"better_than": sum(float(first.mean()) < one for one in shuffles), "of": len(shuffles)}
     article = None
     if "article-full" in image_SQ and "uniform-article-size" in image_SQ:
@@ -164,7 +163,7 @@ def summary(name: str, base: Mapping) -> str:
     parts.append(f"Margin (equal factors with 10% more parameters): {1e3 * base['margin']:.2f} thousandths.")
     if base["shuffles"]:
         parts.append(
-            f"angle-4 is better than {base['shuffles']['better_than']} of {base['shuffles']['of']} shuffles of itself."
+            f"{SHUFFLED} is better than {base['shuffles']['better_than']} of its {base['shuffles']['of']} shuffles."
         )
     if base["article_against_equal_of_its_size"]:
         own = base["article_against_equal_of_its_size"]

@@ -46,7 +46,7 @@ def write_chunk(
 ) -> Path:
     """loss_TE: the training's own losses, for a look."""
     number = len(list(folder.glob(f"{base}-*.npz")))
-    path = folder / f"{base}-{number:03}-{phase}.npz"
+    path = folder / f"{base}-{number:03}-{phase}-{os.getpid()}.npz"
     partial = path.with_suffix(".partial")
     with partial.open("wb") as file:
         np.savez_compressed(
@@ -72,10 +72,10 @@ def read_results(folder: Path) -> Iterator[Result]:
                 yield Result(about["base"], about["phase"], arm, seed, rate, loss_EQU[e])
 
 
-def mean_by_rate(results: Sequence[Result], base: str, arm: str) -> dict[float, float]:
-    """Mean tuning loss of an arm at each learning rate of the sweep; inf where a training diverged."""
+def mean_by_rate(results: Sequence[Result], base: str, arms: Sequence[str]) -> dict[float, float]:
+    """Mean tuning loss of these arms at each learning rate of the sweep; inf where a training diverged."""
     found: dict[float, list[float]] = {}
     for result in results:
-        if (result.base, result.phase, result.arm) == (base, SWEEP, arm):
+        if (result.base, result.phase) == (base, SWEEP) and result.arm in arms:
             found.setdefault(result.rate, []).append(result.mean if np.isfinite(result.loss_QU).all() else float("inf"))
     return {rate: float(np.mean(means)) for rate, means in sorted(found.items())}

@@ -3,7 +3,8 @@
     python -m weighting.run --pipeline base1=FOLDER --pipeline base2=FOLDER --prepared FOLDER --out FOLDER --seconds 540
 
 with benchmarks on PYTHONPATH. What is there in --out is kept and not trained again, so that a run goes on where another
-ended; a chunk of trainings is written as soon as it is judged. Ends with 0 also when the time is up.
+ended; a chunk of trainings is written as soon as it is judged. Several processes may share --out: each takes what no
+other has taken. Ends with 0 also when the time is up.
 """
 
 from __future__ import annotations
@@ -14,18 +15,22 @@ import multiprocessing
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from weighting.arm import Arm, Training
+from weighting.claims import claim
 from weighting.device import machine, make_engine, memory, set_precision
 from weighting.engine import Engine
 from weighting.results import FINAL, SWEEP, Result, read_results, write_chunk
-from weighting.rounds import RATES, ROUND, TUNING_SEEDS, best_rate, extensions, final, sweep
+from weighting.rounds import RATES, ROUND, TUNING_SEEDS, best_rate, extensions, final, is_shuffle, sweep
 from weighting.store import load_arms, load_task, make_task, pipelines
 from weighting.task import NOISES, SIGMAS, Task, load_transformer
+
+WAIT_SECONDS = 2
 
 
 class TimeIsUp(Exception):
@@ -62,13 +67,33 @@ class Runner:
 
     def work(self, phase: str, trainings: Sequence[Training], beside: Sequence[Training] = ()) -> None:
         """Train what is missing, in chunks; `beside` (of FINAL) fills the last one."""
-        queue = [(phase, one) for one in self.missing(phase, trainings)]
-        extra = [(FINAL, one) for one in self.missing(FINAL, beside)]
-        E = self.options.trainings
-        while queue:
-            chunk, queue = queue[:E], queue[E:]
-            chunk += extra[: E - len(chunk)] if not queue else []
-            self.chunk(chunk)
+        while self.look(phase, trainings):
+            with ExitStack() as claims:
+                chunk = self.claimed(claims, phase, trainings)
+                chunk += self.claimed(claims, FINAL, beside, less=len(chunk))
+                if chunk:
+                    self.chunk(chunk)
+                else:
+                    time.sleep(WAIT_SECONDS)  # another process has what is left
+
+    def look(self, phase: str, trainings: Sequence[Training]) -> list[Training]:
+        """What of it is in no file."""
+        self.results = [one for one in read_results(self.options.out) if one.base == self.base]
+        return self.missing(phase, trainings)
+
+    def claimed(
+        self, claims: ExitStack, phase: str, trainings: Sequence[Training], less: int = 0
+    ) -> list[tuple[str, Training]]:
+        """As many of them as a chunk has room for that nobody has made or is making."""
+        mine: list[tuple[str, Training]] = []
+        for one in self.missing(phase, trainings):
+            if less + len(mine) == self.options.trainings:
+                break
+            name = f"{self.base}-{phase}-{one.arm.name}-{one.seed}-{one.rate:g}"
+            # Looked up again: it may have been written just before its lock was given back.
+            if claims.enter_context(claim(self.options.out / "claims", name)) and one in self.look(phase, [one]):
+                mine.append((phase, one))
+        return mine
 
     def chunk(self, chunk: Sequence[tuple[str, Training]]) -> None:
         """Train and judge; what a chunk lacks to E is filled with its last training, and dropped."""
@@ -90,10 +115,6 @@ class Runner:
             write_chunk(
                 self.options.out, self.base, phase, trainings, loss_EQU, loss_TE[:, places].cpu().numpy(), about
             )
-            self.results += [
-                Result(self.base, phase, one.arm.name, one.seed, one.rate, loss_QU)
-                for one, loss_QU in zip(trainings, loss_EQU, strict=True)
-            ]
         took = time.monotonic() - begin
         self.slowest = max(self.slowest, took)
         names = sorted({phase for phase, _ in chunk})
@@ -108,6 +129,8 @@ class Runner:
         self.work(SWEEP, sweep(arms, options.rates, options.tuning_seeds))
         more = extensions(self.results, self.base, arms, options.rates, options.tuning_seeds)
         waiting = {one.arm.name for one in more}
+        if any(map(is_shuffle, waiting)):
+            waiting |= set(filter(is_shuffle, arms))
         settled = {name: best_rate(self.results, self.base, name) for name in arms if name not in waiting}
         ready = final({name: arm for name, arm in arms.items() if name in settled}, settled, options.first_seed, seeds)
         self.work(SWEEP, more, beside=ready)
@@ -120,7 +143,7 @@ def chosen_arms(options: argparse.Namespace, base: str, *, later: bool) -> dict[
     arms = load_arms(options.prepared / f"{base}-arms.json")
     if options.arms:
         return {name: arms[name] for name in options.arms.split(",")}
-    return {name: arm for name, arm in arms.items() if not (later and name.startswith("shuffle-"))}
+    return {name: arm for name, arm in arms.items() if not (later and is_shuffle(name))}
 
 
 def numbers(text: str) -> list[float]:
@@ -136,7 +159,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--arms", help="names with commas; without, all that are prepared, later bases without the shuffles"
     )
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--trainings", type=int, default=58, help="at once")
     parser.add_argument(
         "--seeds", type=numbers, default=[20, 8], help="fresh ones, of the first base and of the others"

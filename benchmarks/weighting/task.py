@@ -22,8 +22,8 @@ from weighting.engine import Samples
 
 STYLE, RESOLUTION, TOKENS, CAPTIONS = "fluent", 128, 77, 3
 BATCH = 8
-SIGMAS, NOISES = 10, 2
-TUNING, SPLIT_SEED, JUDGE_SEED = 40, 1, 2
+SIGMAS, NOISES = 10, 1
+TUNING, SPLIT_SEED, JUDGE_SEED = 20, 1, 2
 VAE_SEED = 3
 
 
@@ -107,7 +107,7 @@ class Task:
         return {"tuning": sorted(order[:count]), "judging": sorted(order[count:])}
 
     def judge_samples(self, images: Sequence[int]) -> Samples:
-        """Q * U * K samples in this order: each image at ten strata of sigma with two noises, the middle caption.
+        """Q * U * K samples in this order: each image at ten strata of sigma, K noises at each, the middle caption.
 
         Drawn for all held-out images at once, so that an image has the same sigmas and noises in any list.
         """

@@ -22,11 +22,26 @@ from simpletuner_layerprobe.commands import (
     merge,
     report,
     status,
+    trial,
 )
 from simpletuner_layerprobe.commands.arguments import Parser
 from simpletuner_layerprobe.errors import ProbeError
 
-COMMANDS = (doctor, status, heatmap, findings, report, compare, lokr, check_config, adapter, import_file, export, merge)
+COMMANDS = (
+    doctor,
+    status,
+    heatmap,
+    findings,
+    report,
+    compare,
+    lokr,
+    trial,
+    check_config,
+    adapter,
+    import_file,
+    export,
+    merge,
+)
 PROBLEM, INTERRUPTED = 1, 130
 
 

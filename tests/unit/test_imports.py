@@ -36,7 +36,8 @@ KNOWS: dict[str, set[str]] = {
     "models": {*BASE, "files", "run", "probe"},
     "api": {*BASE, "probe", "run", "training", "analyse", "lokr", "show", "models"},
     "plugin": {*BASE, "training", "analyse", "lokr", "show", "api"},
-    "commands": {"errors", "files", "api", "lokr", "show"},  # of lokr and show a few words, see below
+    "trial": {*BASE, "files", "run", "training", "analyse", "lokr", "show", "api"},
+    "commands": {"errors", "files", "api", "trial", "lokr", "show"},  # of lokr and show a few words, see below
     "cli": {"errors", "commands"},
     "": {"api", "errors"},  # __init__.py: the names of the API, on demand
 }
@@ -55,12 +56,13 @@ FOREIGN: dict[str, set[str]] = {
     "models": {"torch", "diffusers"},
     "api": {"numpy", "pandas"},
     "plugin": set(),
+    "trial": {"numpy", "PIL", "psutil"},
     "commands": set(),
     "cli": set(),
     "": set(),
 }
 HEAVY = ("torch", "simpletuner", "lycoris", "peft", "diffusers", "transformers", "matplotlib", "pandas")
-LIGHT = ("", "errors", "readings", "run", "analyse", "lokr", "show", "models", "api", "commands", "cli")
+LIGHT = ("", "errors", "readings", "run", "analyse", "lokr", "show", "models", "api", "trial", "commands", "cli")
 
 
 def sources() -> dict[str, str]:

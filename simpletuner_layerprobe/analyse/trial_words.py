@@ -107,12 +107,11 @@ def place_text(made: Judgement) -> str:
     place = made.place
     if place is None:
         return ""
+    shuffles = f"its {place.of} shuffles" if place.of > 1 else "its one shuffle"
     if not place.better_than:
-        return f"{made.plan} is better than none of its {place.of} shuffles"
-    return (
-        f"{made.plan} is better than {place.better_than} of its {place.of} shuffles, which chance alone gives "
-        f"{place.p:.0%} of the time"
-    )
+        return f"{made.plan} is not better than {'any of ' * (place.of > 1)}{shuffles}"
+    of = f"{place.better_than} of " * (place.of > 1)
+    return f"{made.plan} is better than {of}{shuffles}, which chance alone gives {place.p:.0%} of the time"
 
 
 def limit_text(made: Judgement) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -154,6 +155,8 @@ def _run(arguments: argparse.Namespace) -> int:
     from simpletuner_layerprobe.trial.work import Work
 
     trial = Trial.load(arguments.folder)
+    # A batch system's goodbye ends the training that runs, as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     Work(trial, parse_only(arguments.only, trial), lambda line: print(line, flush=True)).run()
     print(f"next: layerprobe trial report {trial.folder}")
     return OK

@@ -32,7 +32,7 @@ def judged(trial: Trial) -> tuple[Judgement, TrialFacts]:
         tuning=tuning_losses(trial),
         steps=trial.steps,
         seeds=losses.seeds,
-        held_out=", ".join(trial.held_out),
+        held_out=f"backend{'s' * (len(trial.held_out) > 1)} {', '.join(trial.held_out)}",
         model=trial.model,
     )
     return judgement, facts

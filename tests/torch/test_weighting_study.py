@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,14 +12,16 @@ import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
 
 from weighting.arm import Training, lycoris_network, make_arm
+from weighting.claims import claim
 from weighting.engine import Engine, Samples
 from weighting.evidence import energies, read_contributions
 from weighting.report import rows_of, table
 from weighting.results import FINAL, SWEEP, Result
-from weighting.rounds import best_rate, extensions, final
+from weighting.rounds import best_rate, extensions, final, sweep
 from weighting.stack import BETAS, EPS, WEIGHT_DECAY
 from weighting.statistics import exchange_rate
 
@@ -242,3 +245,32 @@ def test_a_sweep_goes_on_beyond_its_end_once(model):
     assert [one.rate for one in extensions(swept({**at_end, 8e-3: 0.3}), **ask)] == [8e-3]
     assert extensions(swept({1e-3: 0.6, 2e-3: 0.3, 4e-3: 0.4}), **ask) == []
     assert best_rate(swept({**at_end, 8e-3: float("nan")}), "base1", "uniform") == 4e-3
+
+
+def test_a_training_belongs_to_one_process(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[2])\n"
+        "from weighting.claims import claim\nwith claim(Path(sys.argv[1]), 'uniform-0') as mine: print(mine)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path), str(BENCHMARKS)]
+    with claim(tmp_path, "uniform-0") as mine, claim(tmp_path, "uniform-1") as other:
+        assert mine and other
+        assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "False\n"
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "True\n"
+
+
+def test_shuffles_share_the_learning_rate_that_two_of_them_choose(model):
+    arm = make_arm("uniform", config(2), model)
+    arms = {name: replace(arm, name=name) for name in ("uniform", "shuffle-00", "shuffle-01", "shuffle-02")}
+    assert {one.arm.name for one in sweep(arms, [1e-3], [1000])} == {"uniform", "shuffle-00", "shuffle-01"}
+    losses = {
+        ("shuffle-00", 1e-3): 0.5,
+        ("shuffle-00", 2e-3): 0.6,
+        ("shuffle-01", 1e-3): 0.5,
+        ("shuffle-01", 2e-3): 0.3,
+    }
+    results = [
+        Result("base1", SWEEP, name, 1000, rate, np.full((1, 1), loss, dtype=np.float32))
+        for (name, rate), loss in losses.items()
+    ]
+    assert {best_rate(results, "base1", name) for name in ("shuffle-00", "shuffle-02")} == {2e-3}

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 from weighting.arm import Training, lycoris_network, make_arm
 from weighting.claims import claim
@@ -26,6 +25,7 @@ from weighting.stack import BETAS, EPS, WEIGHT_DECAY
 from weighting.statistics import exchange_rate
 
 TOKENS, BATCH = 5, 2
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture(autouse=True)

@@ -57,7 +57,7 @@ def with_target_module(config: dict[str, Any], *classes: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def large() -> Architecture:
-    return architecture("sd35-large")
+    return architecture("sd35-large", alone=True)
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +165,7 @@ def test_one_check_leaves_nothing_for_the_next(large, config, plan, lycoris_stat
 )
 def test_lycoris_gives_every_module_of_the_others_what_the_plan_says(name, algo, count):
     """With groups per stream, a frozen block and a full one."""
-    model = architecture(name)
+    model = architecture(name, alone=True)
     blocks = model.streams[0].blocks
     value_L = np.arange(len(blocks)) % 12 / 11
     options = {"preset": "100M", "freeze": (1,), "critical": (2,) if algo == "lokr" else "auto", "algo": algo}

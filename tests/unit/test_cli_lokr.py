@@ -21,7 +21,10 @@ from simpletuner_layerprobe.lokr.plan import Plan
 from simpletuner_layerprobe.run.load import RunData
 
 # torchao, which diffusers imports, has a string with a stray backslash.
-pytestmark = pytest.mark.filterwarnings("ignore:invalid escape sequence:SyntaxWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:invalid escape sequence:SyntaxWarning"),
+    pytest.mark.usefixtures("diffusers_classes"),
+]
 
 Command = Callable[..., Result]
 

@@ -33,7 +33,8 @@ KNOWS: dict[str, set[str]] = {
     "analyse": BASE,
     "lokr": {*BASE, "files", "run", "analyse"},
     "show": {*BASE, "run", "analyse"},
-    "models": {*BASE, "files", "run", "probe"},
+    "published": set(),
+    "models": {*BASE, "files", "run", "probe", "training", "published"},
     "api": {*BASE, "probe", "run", "training", "analyse", "lokr", "show", "models"},
     "plugin": {*BASE, "training", "analyse", "lokr", "show", "api"},
     "commands": {"errors", "files", "api", "lokr", "show"},  # of lokr and show a few words, see below
@@ -52,7 +53,8 @@ FOREIGN: dict[str, set[str]] = {
     "analyse": {"numpy", "scipy"},
     "lokr": {"numpy", "scipy", "torch", "lycoris", "peft", "safetensors"},
     "show": {"numpy", "matplotlib", "PIL"},
-    "models": {"torch", "diffusers"},
+    "published": set(),
+    "models": set(),
     "api": {"numpy", "pandas"},
     "plugin": set(),
     "commands": set(),
@@ -60,7 +62,7 @@ FOREIGN: dict[str, set[str]] = {
     "": set(),
 }
 HEAVY = ("torch", "simpletuner", "lycoris", "peft", "diffusers", "transformers", "matplotlib", "pandas")
-LIGHT = ("", "errors", "readings", "run", "analyse", "lokr", "show", "models", "api", "commands", "cli")
+LIGHT = ("", "errors", "readings", "run", "analyse", "lokr", "show", "published", "models", "api", "commands", "cli")
 
 
 def sources() -> dict[str, str]:

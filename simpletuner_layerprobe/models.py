@@ -16,7 +16,7 @@ from simpletuner_layerprobe.errors import ModelError
 from simpletuner_layerprobe.files import read_object
 from simpletuner_layerprobe.probe.blocks import find_blocks, stream_blocks
 from simpletuner_layerprobe.probe.families import FAMILIES, Family, family, is_known
-from simpletuner_layerprobe.probe.modules import module_table
+from simpletuner_layerprobe.probe.modules import module_table, norm_widths
 from simpletuner_layerprobe.published import NAMED
 from simpletuner_layerprobe.run.manifest import Module, Stream, Target
 from simpletuner_layerprobe.training.denoisers import denoiser
@@ -109,11 +109,12 @@ def _entry(name: str, config: Mapping[str, Any], where: str) -> Family:
 def _architecture(entry: Family, config: Mapping[str, Any], flavour: str, where: str, alone: bool) -> Architecture:
     settings = {key: value for key, value in config.items() if not key.startswith("_")}
     model = denoiser(entry.source, settings, where, alone=alone)
+    widths = norm_widths(model)
     return Architecture(
         family=entry.name,
         flavour=flavour,
         model_class=type(model).__name__,
         streams=tuple(Stream(name, blocks) for name, blocks in stream_blocks(find_blocks(model, entry)).items()),
         targets=tuple(Target(each.blocks, each.at_factor, each.at_double) for each in entry.targets),
-        modules=tuple(Module(*row) for row in module_table(model)),
+        modules=tuple(Module(*row, widths.get(row[0], 0)) for row in module_table(model)),
     )

@@ -40,6 +40,8 @@ def command(arguments: argparse.Namespace) -> int:
         print(f"note   nothing in the model matches {pattern}")
     for note in check.notes:
         print(f"note   {note}")
+    for reason in check.stops:
+        print(f"STOPS  {reason}")
     if not check.rows:
         raise ConfigError(f"{arguments.config} gives no module of this model an adapter")
     print(

@@ -127,13 +127,18 @@ def notes_of(config: Mapping[str, Any], modules: Sequence[Module], rows: Sequenc
         notes.append("enable_conv false has no effect: LyCORIS turns it on again when it builds the network")
     notes += [f"{key} has no effect in apply_preset" for key in _WITHOUT_EFFECT if key in preset]
     notes += _swallowed(config)
-    weightless = sum(module.type == "LayerNorm" and not module.shape for module in modules)
-    if config.get("train_norm") and weightless:
-        notes.append(
-            f"train_norm: the model has {weightless} LayerNorms without a weight; where LyCORIS takes one, "
-            "training stops at the first step"
-        )
     return tuple(notes)
+
+
+def stops_of(rows: Sequence[Row]) -> tuple[str, ...]:
+    """Why a training with these adapters stops at its first step, one line each."""
+    weightless = [row.name for row in rows if row.got is not None and row.got.algo == "norm" and not row.shape]
+    if not weightless:
+        return ()
+    return (
+        f"train_norm: LyCORIS takes {len(weightless):,} norms without a weight, first {weightless[0]}, and the "
+        "training stops at its first step; leave train_norm out",
+    )
 
 
 def _swallowed(config: Mapping[str, Any]) -> list[str]:

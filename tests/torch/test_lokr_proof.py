@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -458,16 +457,6 @@ def test_enable_conv_false_does_not_hold():
 )
 def test_what_a_reader_should_know(config, note):
     assert any(note in one for one in check_config(config, SMALL).notes)
-
-
-def test_train_norm_on_norms_without_weights():
-    model = replace(SMALL, modules=(*SMALL.modules, Module("blocks.0.norm2", "LayerNorm", ())))
-    check = check_config(other(apply={"target_module": ["Block"]}, train_norm=True), model)
-    assert [(row.name, row.got.algo) for row in check.rows if "norm" in row.name] == [
-        (f"blocks.{number}.norm", "norm") for number in range(3)
-    ]
-    assert check.wrong == ()
-    assert "the model has 1 LayerNorms without a weight" in check.notes[0]
 
 
 def test_quantised_layers():

@@ -1,8 +1,8 @@
 """What --model says of every case of table.py, beside the denoiser that the family tests really make.
 
 Prints one JSON object a line: {"family", "label", "class", "tables", "networks", "light"}, or with "error". tables: the
-differences between the two module tables. networks: those between what LyCORIS builds on the skeleton and on SimpleTuner's
-own class, per config of CONFIGS. light: the same table from a process that imports of SimpleTuner what it must.
+differences between the two module tables. networks: those between what LyCORIS builds on the skeleton and on
+SimpleTuner's own class, per config. light: the same table from a process that imports of SimpleTuner what it must.
 
     python tests/simpletuner/families/tables.py
 """
@@ -19,10 +19,6 @@ from pathlib import Path
 from typing import Any
 
 GLOBAL = {"algo": "lokr", "multiplier": 1, "linear_dim": 10000, "linear_alpha": 1, "factor": 8}
-CONFIGS: dict[str, dict[str, Any]] = {
-    "default classes": GLOBAL,
-    "Attention": GLOBAL | {"apply_preset": {"target_module": ["Attention"]}},
-}
 LIGHT = """
 import json, sys
 from argparse import Namespace
@@ -70,19 +66,30 @@ def compared(case: Any, path: Path, light: Any) -> dict[str, Any]:
     return {
         "class": model.model_class,
         "tables": differences(table_of(denoiser), table_of(model)),
-        "networks": {name: network_differences(config, denoiser, model) for name, config in CONFIGS.items()},
+        "networks": {name: network_differences(config, denoiser, model) for name, config in configs(model).items()},
         "light": json.loads(light.stdout.readline()) == [model.family, model.model_class, repr(model.modules)],
     }
 
 
 def made(case: Any) -> Any:
-    """The case's denoiser; ACE-Step's with the lyric encoder of its own class, for which the other tests have a small one."""
+    """The case's denoiser; ACE-Step's with its class's own lyric encoder, for which other tests have a small one."""
     import models
 
     if case.denoiser.func is models.ace_step:
         models.ace_step(**case.denoiser.keywords)  # which mends an import
         return models.loaded("ace_step.transformer:ACEStepTransformer2DModel")(**case.denoiser.keywords)
     return case.denoiser()
+
+
+def configs(model: Any) -> dict[str, dict[str, Any]]:
+    """LyCORIS configs by what they reach."""
+    everything = {"apply_preset": {"target_module": [model.model_class]}}
+    return {
+        "default classes": GLOBAL,
+        "default classes and norms": GLOBAL | {"train_norm": True},
+        "Attention": GLOBAL | {"apply_preset": {"target_module": ["Attention"]}},
+        "everything": GLOBAL | everything | {"train_norm": True},
+    }
 
 
 def config_of(case: Any, denoiser: Any) -> dict[str, Any]:

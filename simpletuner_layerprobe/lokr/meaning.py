@@ -103,7 +103,7 @@ def unmatched(config: Mapping[str, Any], model: Model) -> tuple[str, ...]:
     )
 
 
-def notes_of(config: Mapping[str, Any], modules: Sequence[Module], rows: Sequence[Row]) -> tuple[str, ...]:
+def notes_of(config: Mapping[str, Any], model: Model, rows: Sequence[Row]) -> tuple[str, ...]:
     """What a reader of the config should know, one line each."""
     preset = config.get("apply_preset") or {}
     notes = []
@@ -118,6 +118,12 @@ def notes_of(config: Mapping[str, Any], modules: Sequence[Module], rows: Sequenc
             "target_module is left out, so LyCORIS adapts its default classes everywhere in the model; "
             'write "target_module": [] for the names alone'
         )
+    by_class = _by_their_own_class(config, model.modules)
+    if by_class and not getattr(model, "precision", "as recorded"):
+        notes.append(
+            f"layers are reached by their own class ({', '.join(by_class)}), of which a quantised base has fewer: say "
+            "its base_model_precision with --precision, such as int8-quanto"
+        )
     if preset.get("target_module") and preset.get("name_algo_map") and not all(row.ok for row in rows):
         notes.append(
             "LyCORIS builds the classes in target_module before it looks at name_algo_map, and a name's "
@@ -128,6 +134,13 @@ def notes_of(config: Mapping[str, Any], modules: Sequence[Module], rows: Sequenc
     notes += [f"{key} has no effect in apply_preset" for key in _WITHOUT_EFFECT if key in preset]
     notes += _swallowed(config)
     return tuple(notes)
+
+
+def _by_their_own_class(config: Mapping[str, Any], modules: Sequence[Module]) -> list[str]:
+    """The classes of layers that the config's choice of classes has, its default choice too."""
+    meant = _as_meant(config)
+    chosen = {*meant.TARGET_REPLACE_MODULE, *meant.MODULE_ALGO_MAP}
+    return sorted(chosen & {module.type for module in modules if layer_kind(module) in ("linear", "conv")})
 
 
 def stops_of(rows: Sequence[Row]) -> tuple[str, ...]:

@@ -77,7 +77,7 @@ def _compare(config: Mapping[str, Any], intended: Mapping[str, Adapter], model: 
     names = {id(module): name for name, module in built.named_modules()}
     got = {names[id(module)]: adapter for module, adapter in adapters_on(config, built)}
     rows = rows_of(model.modules, intended, got)
-    notes = notes_of(config, model.modules, rows)
+    notes = notes_of(config, model, rows)
     return Check(rows, unmatched(config, model), notes, lycoris_version(), stops=stops_of(rows))
 
 

@@ -12,6 +12,7 @@ from simpletuner_layerprobe import __version__
 from simpletuner_layerprobe.commands import (
     adapter,
     check_config,
+    classes,
     compare,
     doctor,
     export,
@@ -37,6 +38,7 @@ COMMANDS = (
     lokr,
     trial,
     check_config,
+    classes,
     adapter,
     import_file,
     export,

@@ -1,14 +1,13 @@
-"""Module tables and streams of architectures that are known by name or by their config.json.
+"""Architectures: what SimpleTuner trains of a model known by name, or by a config.json, without its weights.
 
-They are built on the meta device by diffusers' own classes: no weights, no download. Where the class that SimpleTuner
-trains instead has parts of other class names, the table has SimpleTuner's: a LyCORIS config can go by them. torch and
-diffusers are imported inside the calls.
+The module table is that of SimpleTuner's own class on the meta device (training/denoisers.py), which the family table
+names. torch, diffusers and SimpleTuner are imported inside the calls.
 """
 
 from __future__ import annotations
 
-import inspect
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,25 +15,37 @@ from typing import Any
 from simpletuner_layerprobe.errors import ModelError
 from simpletuner_layerprobe.files import read_object
 from simpletuner_layerprobe.probe.blocks import find_blocks, stream_blocks
-from simpletuner_layerprobe.probe.families import DIFFUSERS, family
-from simpletuner_layerprobe.probe.modules import module_table
+from simpletuner_layerprobe.probe.families import FAMILIES, Family, family, is_known
+from simpletuner_layerprobe.probe.modules import module_table, norm_widths
+from simpletuner_layerprobe.published import NAMED
 from simpletuner_layerprobe.run.manifest import Module, Stream, Target
+from simpletuner_layerprobe.training.denoisers import denoiser
+from simpletuner_layerprobe.training.precision import quantised
 
-# Class names of diffusers' parts -> of the same parts in the class that SimpleTuner trains instead, 4.8 to 4.10.
-TRAINED_AS: dict[str, dict[str, str]] = {
-    "FluxTransformer2DModel": {"FluxAttention": "Attention"},
-    "WanTransformer3DModel": {"WanAttention": "Attention"},
-    "PixArtTransformer2DModel": {"BasicTransformerBlock": "PixArtSelfFlowTransformerBlock"},
+SUBFOLDERS = ("transformer", "unet", "prior", "dit", "ace_step_transformer")
+"""Where pipelines keep their denoiser."""
+
+OTHER_NAMES = {
+    "UNet2DConditionModel": "FlowMapUNet2DConditionModel",
+    "Transformer2DModel": "PixArtTransformer2DModel",  # as PixArt's own files still say
 }
+"""Class names of a config.json -> of the class that SimpleTuner loads from it."""
+
+TOLD_BY: dict[str, tuple[str, Any]] = {
+    "deepfloyd": ("addition_embed_type", "text"),
+    "kolors": ("encoder_hid_dim_type", "text_proj"),
+    "sdxl": ("addition_embed_type", "text_time"),
+}
+"""Families that share a class with others -> the setting that tells them, in this order."""
 
 
 @dataclass(frozen=True)
 class Architecture:
     """A denoiser without its weights.
 
-    family, flavour: SimpleTuner's names, "" if unknown. model_class: the denoiser's class. streams: the blocks that
-    update each stream, targets: what a LoKr config covers in them; both () for a class that the probe does not know.
-    modules: its module table.
+    family, flavour: SimpleTuner's names, flavour "" if unknown. model_class: the class that SimpleTuner trains.
+    streams: the blocks that update each stream, targets: what a LoKr config covers in them. modules: its module table.
+    precision: the base_model_precision that the table was made for; "" as it was built, without having been asked.
     """
 
     family: str
@@ -43,78 +54,36 @@ class Architecture:
     streams: tuple[Stream, ...]
     targets: tuple[Target, ...]
     modules: tuple[Module, ...]
+    precision: str = ""
 
 
-@dataclass(frozen=True)
-class _Named:
-    flavour: str
-    model_class: str
-    config: dict[str, Any]
+def architecture(name_or_path: str | os.PathLike[str], *, precision: str = "", alone: bool = False) -> Architecture:
+    """The architecture called so in NAMED, or that of a config.json of a diffusers pipeline's denoiser.
 
-
-# From the transformer/config.json that each model was published with.
-_SD35 = {
-    "sample_size": 128,
-    "patch_size": 2,
-    "in_channels": 16,
-    "out_channels": 16,
-    "attention_head_dim": 64,
-    "joint_attention_dim": 4096,
-    "pooled_projection_dim": 2048,
-    "qk_norm": "rms_norm",
-}
-_SD35_LARGE = {
-    "num_layers": 38,
-    "num_attention_heads": 38,
-    "caption_projection_dim": 2432,
-    "pos_embed_max_size": 192,
-    "dual_attention_layers": [],
-}
-_SD35_MEDIUM = {
-    "num_layers": 24,
-    "num_attention_heads": 24,
-    "caption_projection_dim": 1536,
-    "pos_embed_max_size": 384,
-    "dual_attention_layers": list(range(13)),
-}
-_FLUX_DEV = {
-    "patch_size": 1,
-    "in_channels": 64,
-    "num_layers": 19,
-    "num_single_layers": 38,
-    "attention_head_dim": 128,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "pooled_projection_dim": 768,
-    "guidance_embeds": True,
-}
-NAMED = {
-    "sd35-large": _Named("large", "SD3Transformer2DModel", _SD35 | _SD35_LARGE),
-    "sd35-medium": _Named("medium", "SD3Transformer2DModel", _SD35 | _SD35_MEDIUM),
-    "flux-dev": _Named("dev", "FluxTransformer2DModel", _FLUX_DEV),
-}
-
-
-def architecture(name_or_path: str | os.PathLike[str]) -> Architecture:
-    """The architecture called so in NAMED, or that of a diffusers transformer config.json.
-
-    A path may be the file, or a folder that holds it or a `transformer` folder with it. Raises ModelError for
-    what is neither, a file that is not such a config, and a class that diffusers does not have.
+    A path may be the file, its folder or the pipeline's; "FAMILY:PATH" says whose it is where families share a class.
+    precision: SimpleTuner's base_model_precision, which replaces layers. alone: see `denoiser`.
+    Raises ModelError for what is neither, a file that is not such a config, a class that no family has, and where
+    SimpleTuner's class cannot be imported or built.
     """
-    named = NAMED.get(str(name_or_path))
+    text = os.fspath(name_or_path)
+    named = NAMED.get(text)
     if named is not None:
-        return _architecture(named.model_class, named.config, named.flavour, str(name_or_path))
-    path = _config_path(Path(name_or_path))
-    config = read_object(path, "a diffusers transformer config.json")
-    model_class = config.get("_class_name")
-    if not isinstance(model_class, str):
-        raise ModelError(f"{path} has no _class_name; expected a diffusers transformer config.json")
-    settings = {key: value for key, value in config.items() if not key.startswith("_")}
-    return _architecture(model_class, settings, "", str(path))
+        return _architecture(
+            family(named.family, named.class_name), named.config, named.flavour, text, precision, alone
+        )
+    name, _, path = text.partition(":") if _names_family(text) else ("", "", text)
+    where = _config_path(Path(path))
+    config = read_object(where, "a diffusers transformer config.json")
+    return _architecture(_entry(name, config, str(where)), config, "", str(where), precision, alone)
+
+
+def _names_family(text: str) -> bool:
+    name, _, path = text.partition(":")
+    return bool(path) and is_known(name)
 
 
 def _config_path(path: Path) -> Path:
-    candidates = (path, path / "config.json", path / "transformer" / "config.json")
+    candidates = (path, *(path / name / "config.json" for name in SUBFOLDERS), path / "config.json")
     for candidate in candidates:
         if candidate.is_file():
             return candidate
@@ -124,31 +93,38 @@ def _config_path(path: Path) -> Path:
     )
 
 
-def _architecture(model_class: str, config: dict[str, Any], flavour: str, where: str) -> Architecture:
-    import diffusers
-    import torch
-
-    known: Any = getattr(diffusers, model_class, None)
-    is_model = inspect.isclass(known) and issubclass(known, diffusers.ModelMixin)
-    if not is_model:
+def _entry(name: str, config: Mapping[str, Any], where: str) -> Family:
+    """The table's entry for a config: of the family called `name`, else of the one that has its class."""
+    given = config.get("_class_name")
+    class_name = OTHER_NAMES.get(str(given), str(given))
+    if name:
+        return family(name, class_name if sum(entry.name == name for entry in FAMILIES) > 1 else "")
+    if not isinstance(given, str):
+        raise ModelError(f"{where} has no _class_name; expected a diffusers transformer config.json")
+    entries = [entry for entry in FAMILIES if entry.source.endswith(f":{class_name}")]
+    if not entries:
         raise ModelError(
-            f"{where} is of the class {model_class!r}; expected a model that diffusers {diffusers.__version__} has"
+            f"{where} is of the class {given!r}, which no model family of SimpleTuner has; if it is one of theirs, "
+            "say which: FAMILY:PATH"
         )
-    try:
-        with torch.device("meta"):
-            model = known.from_config(config)
-    except Exception as error:
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise ModelError(f"diffusers cannot build {model_class} from {where}: {said}") from error
-    seams = DIFFUSERS.get(model_class)
-    streams = stream_blocks(find_blocks(model, seams)) if seams else {}
-    targets = family(seams.name, model_class).targets if seams else ()
-    trained_as = TRAINED_AS.get(model_class, {})
+    told = [name for name, (key, value) in TOLD_BY.items() if config.get(key) == value]
+    return next((entry for name in told for entry in entries if entry.name == name), entries[0])
+
+
+def _architecture(
+    entry: Family, config: Mapping[str, Any], flavour: str, where: str, precision: str, alone: bool
+) -> Architecture:
+    settings = {key: value for key, value in config.items() if not key.startswith("_")}
+    model = denoiser(entry.source, settings, where, alone=alone)
+    if precision:
+        model = quantised(model, entry.name, precision)
+    widths = norm_widths(model)
     return Architecture(
-        family=seams.name if seams else "",
+        family=entry.name,
         flavour=flavour,
-        model_class=model_class,
-        streams=tuple(Stream(name, blocks) for name, blocks in streams.items()),
-        targets=tuple(Target(each.blocks, each.at_factor, each.at_double) for each in targets),
-        modules=tuple(Module(name, trained_as.get(kind, kind), shape) for name, kind, shape in module_table(model)),
+        model_class=type(model).__name__,
+        streams=tuple(Stream(name, blocks) for name, blocks in stream_blocks(find_blocks(model, entry)).items()),
+        targets=tuple(Target(each.blocks, each.at_factor, each.at_double) for each in entry.targets),
+        modules=tuple(Module(*row, widths.get(row[0], 0)) for row in module_table(model)),
+        precision=precision,
     )

@@ -150,7 +150,6 @@ def examples_section() -> str:
     from simpletuner_layerprobe.probe.families import FAMILIES
 
     registry = ModelRegistry.model_families()
-    _check_zoo(registry)
     supported = {family.name for family in FAMILIES}
     rows: list[tuple[str, Model, Effect]] = []
     outside = []
@@ -195,27 +194,6 @@ def _model(family: str, entry: Any) -> Model:
     with _quiet(), torch.device("meta"):
         built = entry.MODEL_CLASS(**settings)
     return Model(family, sizes, type(built).__name__, tuple(Module(*row) for row in module_table(built)))
-
-
-def _check_zoo(registry: Mapping[str, Any]) -> None:
-    """Stop if a table of the zoo is not that of the class that SimpleTuner trains (the lists of blocks may differ)."""
-    import torch
-
-    from simpletuner_layerprobe.models import NAMED, architecture
-    from simpletuner_layerprobe.probe.modules import module_table
-
-    for name in ZOO:
-        with _quiet():
-            zoo = architecture(name)
-            with torch.device("meta"):
-                trained = module_table(registry[zoo.family].MODEL_CLASS(**NAMED[name].config))
-        seen = [
-            {row for row in table if "ModuleList" not in row[1]}
-            for table in ([(one.name, one.type, one.shape) for one in zoo.modules], trained)
-        ]
-        different = sorted(seen[0] ^ seen[1])
-        if different:
-            raise SystemExit(f"{name}: the zoo and the class that SimpleTuner trains differ in {different[0]}")
 
 
 # The page

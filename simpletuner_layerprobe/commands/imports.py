@@ -11,10 +11,11 @@ import argparse
 import gc
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING
 
 from simpletuner_layerprobe.commands.output import quiet
+from simpletuner_layerprobe.errors import ModelError
 
 if TYPE_CHECKING:
     from simpletuner_layerprobe.api.plans import Architecture
@@ -35,11 +36,16 @@ def light(package: str, arguments: argparse.Namespace) -> Iterator[None]:
 
 
 def named_model(arguments: argparse.Namespace) -> Architecture:
-    """The architecture that --model names. A class that a config.json names may need any of diffusers."""
-    from simpletuner_layerprobe.api.plans import NAMED, architecture
+    """The architecture that --model names. A few of SimpleTuner's classes need what is left out first."""
+    from simpletuner_layerprobe.api.plans import architecture
 
-    with light("diffusers", arguments) if arguments.model in NAMED else quiet():
-        return architecture(arguments.model)
+    precision = getattr(arguments, "precision", None) or ""
+    alone = arguments.own_process and not precision  # to quantise takes what is left out
+    if alone:
+        with suppress(ModelError), light("diffusers", arguments):
+            return architecture(arguments.model, alone=True)
+    with quiet():
+        return architecture(arguments.model, precision=precision, alone=alone)
 
 
 @contextmanager

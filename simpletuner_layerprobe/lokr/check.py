@@ -39,7 +39,7 @@ class Check:
 
     rows: the modules that were meant to get an adapter or get one, in the model's order. unmatched: name
     patterns and classes that the model has nothing for. notes: what else the reader should know of the
-    config, one line each. version: of the builder, LyCORIS or PEFT.
+    config, one line each. version: of the builder, LyCORIS or PEFT. stops: why a training with it stops at once.
     """
 
     rows: tuple[Row, ...]
@@ -47,6 +47,7 @@ class Check:
     notes: tuple[str, ...]
     version: str
     builder: str = "LyCORIS"
+    stops: tuple[str, ...] = ()
 
     @property
     def wrong(self) -> tuple[Row, ...]:
@@ -73,12 +74,14 @@ class Check:
         return sum(row.got.parameters for row in self.rows if row.got is not None)
 
     def require(self) -> None:
-        """Raise ConfigError, naming the first difference, unless every module gets what was meant."""
+        """Raise ConfigError, naming the first difference, unless every module gets what was meant and can train."""
         if self.wrong:
             raise ConfigError(
                 f"{self.builder} {self.version} builds {len(self.wrong)} of {len(self.rows)} modules otherwise than "
                 f"meant, first {self.wrong[0]}"
             )
+        if self.stops:
+            raise ConfigError(self.stops[0])
 
 
 def rows_of(modules: Sequence[Module], intended: Mapping[str, Adapter], got: Mapping[str, Adapter]) -> tuple[Row, ...]:

@@ -38,6 +38,17 @@ NOT_ADAPTED = frozenset(
 )
 """Linear layers of SimpleTuner 4.10.1 and diffusers 0.42.1 that LyCORIS skips: no subclasses of torch's."""
 
+LAYER_NORMS = frozenset(
+    {
+        "LayerNorm",
+        "FP32LayerNorm",
+        "LayerNorm_FP32",  # LongCat-Video
+        "SDCascadeLayerNorm",
+        "QLayerNorm",  # Quanto
+    }
+)
+"""torch's LayerNorm and its subclasses in the denoisers of SimpleTuner 4.10.1: LyCORIS's train_norm takes them."""
+
 _CONV = re.compile(r"Conv([123])d")
 _MODULATION_WORDS = re.compile(r"norm|mod|adaln", re.IGNORECASE)
 # Parts of module names that say which stream a module of a double-stream block works on.
@@ -103,7 +114,7 @@ def owning_block(name: str, blocks: Collection[str]) -> str | None:
 
 
 def layer_kind(module: Module) -> str:
-    """What LyCORIS sees in a module of the table: "linear", "conv", "weight" (of another kind), or "".
+    """What LyCORIS sees in a module of the table: "linear", "conv", "norm", "weight" (of another kind), or "".
 
     Goes by the class name and the weight's shape, which is all that the table has: quantised linear layers
     are subclasses of torch's with "Linear" in their name, those that are not are listed in NOT_ADAPTED.
@@ -114,6 +125,8 @@ def layer_kind(module: Module) -> str:
         return "conv"
     if "Linear" in module.type and module.type not in NOT_ADAPTED and len(module.shape) == 2:
         return "linear"
+    if module.type in LAYER_NORMS or module.type == "GroupNorm":
+        return "norm"
     return "weight" if module.shape else ""
 
 

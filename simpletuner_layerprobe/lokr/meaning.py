@@ -103,7 +103,7 @@ def unmatched(config: Mapping[str, Any], model: Model) -> tuple[str, ...]:
     )
 
 
-def notes_of(config: Mapping[str, Any], modules: Sequence[Module], rows: Sequence[Row]) -> tuple[str, ...]:
+def notes_of(config: Mapping[str, Any], model: Model, rows: Sequence[Row]) -> tuple[str, ...]:
     """What a reader of the config should know, one line each."""
     preset = config.get("apply_preset") or {}
     notes = []
@@ -118,6 +118,12 @@ def notes_of(config: Mapping[str, Any], modules: Sequence[Module], rows: Sequenc
             "target_module is left out, so LyCORIS adapts its default classes everywhere in the model; "
             'write "target_module": [] for the names alone'
         )
+    by_class = _by_their_own_class(config, model.modules)
+    if by_class and not getattr(model, "precision", "as recorded"):
+        notes.append(
+            f"layers are reached by their own class ({', '.join(by_class)}), of which a quantised base has fewer: say "
+            "its base_model_precision with --precision, such as int8-quanto"
+        )
     if preset.get("target_module") and preset.get("name_algo_map") and not all(row.ok for row in rows):
         notes.append(
             "LyCORIS builds the classes in target_module before it looks at name_algo_map, and a name's "
@@ -127,13 +133,25 @@ def notes_of(config: Mapping[str, Any], modules: Sequence[Module], rows: Sequenc
         notes.append("enable_conv false has no effect: LyCORIS turns it on again when it builds the network")
     notes += [f"{key} has no effect in apply_preset" for key in _WITHOUT_EFFECT if key in preset]
     notes += _swallowed(config)
-    weightless = sum(module.type == "LayerNorm" and not module.shape for module in modules)
-    if config.get("train_norm") and weightless:
-        notes.append(
-            f"train_norm: the model has {weightless} LayerNorms without a weight; where LyCORIS takes one, "
-            "training stops at the first step"
-        )
     return tuple(notes)
+
+
+def _by_their_own_class(config: Mapping[str, Any], modules: Sequence[Module]) -> list[str]:
+    """The classes of layers that the config's choice of classes has, its default choice too."""
+    meant = _as_meant(config)
+    chosen = {*meant.TARGET_REPLACE_MODULE, *meant.MODULE_ALGO_MAP}
+    return sorted(chosen & {module.type for module in modules if layer_kind(module) in ("linear", "conv")})
+
+
+def stops_of(rows: Sequence[Row]) -> tuple[str, ...]:
+    """Why a training with these adapters stops at its first step, one line each."""
+    weightless = [row.name for row in rows if row.got is not None and row.got.algo == "norm" and not row.shape]
+    if not weightless:
+        return ()
+    return (
+        f"train_norm: LyCORIS takes {len(weightless):,} norms without a weight, first {weightless[0]}, and the "
+        "training stops at its first step; leave train_norm out",
+    )
 
 
 def _swallowed(config: Mapping[str, Any]) -> list[str]:

@@ -19,7 +19,7 @@ from simpletuner_layerprobe.lokr.check import Check, rows_of
 from simpletuner_layerprobe.lokr.factors import AUTO_FACTOR
 from simpletuner_layerprobe.lokr.form import check_form, check_matching_ends
 from simpletuner_layerprobe.lokr.groups import Model
-from simpletuner_layerprobe.lokr.meaning import notes_of, reading, unmatched
+from simpletuner_layerprobe.lokr.meaning import notes_of, reading, stops_of, unmatched
 from simpletuner_layerprobe.lokr.network import adapters_on, lycoris_version
 from simpletuner_layerprobe.lokr.skeleton import skeleton
 
@@ -77,7 +77,8 @@ def _compare(config: Mapping[str, Any], intended: Mapping[str, Adapter], model: 
     names = {id(module): name for name, module in built.named_modules()}
     got = {names[id(module)]: adapter for module, adapter in adapters_on(config, built)}
     rows = rows_of(model.modules, intended, got)
-    return Check(rows, unmatched(config, model), notes_of(config, model.modules, rows), lycoris_version())
+    notes = notes_of(config, model, rows)
+    return Check(rows, unmatched(config, model), notes, lycoris_version(), stops=stops_of(rows))
 
 
 def _alone(config: Mapping[str, Any], module: Module, settings: Mapping[str, Any]) -> Adapter | None:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from simpletuner_layerprobe.run.manifest import Module
 
+OWN_NORMS = ("RMSNorm_FP32",)  # of LongCat-Video
 MAX_DIMENSION = 2**22  # LyCORIS looks for divisors one by one
 
 
@@ -20,7 +21,8 @@ def skeleton(modules: Sequence[Module], model_class: str = "") -> nn.Module:
     """The model of a module table on the meta device: same names, order and class names, no weights.
 
     Linear layers, convolutions, LayerNorm and GroupNorm are torch's own or subclasses of them, all else is an
-    empty module of the class name. Biases are assumed. Raises ConfigError for a table that no model can have.
+    empty module of the class name. Biases are assumed; a norm whose table has no weight has none. Raises ConfigError
+    for a table that no model can have.
     """
     import torch
     from torch import nn
@@ -63,13 +65,16 @@ def _skeleton_module(module: Module) -> nn.Module:
         base = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[len(kernel)]
         # The table has the weight's shape, in which groups are divided out already.
         return _class(module.type, base)(in_dimension, out_dimension, tuple(kernel))
-    if kind == "weight" and module.type == "LayerNorm":
-        return nn.LayerNorm(module.shape)
-    if kind == "weight" and module.type == "GroupNorm":
-        return nn.GroupNorm(1, module.shape[0])
+    if kind == "norm":
+        width, weight = (module.shape or (module.width or 1,))[0], bool(module.shape)
+        if module.type == "GroupNorm":
+            return nn.GroupNorm(1, width, affine=weight)
+        return _class(module.type, nn.LayerNorm)(width, elementwise_affine=weight)
     made = _class(module.type, nn.Module)()
     if kind == "weight":
         made.register_parameter("weight", nn.Parameter(torch.empty(module.shape)))
+        if module.type in OWN_NORMS:
+            made._norm = None  # by which LyCORIS knows a norm of another class
     return made
 
 

@@ -68,6 +68,8 @@ class Target:
 class Family:
     """One SimpleTuner `model_family`, or those of its flavours that share a denoiser class; or a class of diffusers.
 
+    source: where SimpleTuner has the denoiser's class, "folder.module:Class" below simpletuner.helpers.models; ""
+    for a class of diffusers.
     noise: the rule in training/noise.py for the sigma of a prepared batch and for drawing it.
     text: where the text is. "stream": the blocks update it. "cross": it only conditions the image stream (its weight
     in a plan is 0). "none": there is none. "unknown": a discovered family.
@@ -80,6 +82,7 @@ class Family:
     name: str
     blocks: tuple[BlockList, ...]
     targets: tuple[Target, ...] = ()
+    source: str = ""
     noise: str = "flow"
     text: str = "stream"
     forwards: str = "one"
@@ -114,6 +117,7 @@ def joint(argument: str, image: str, text: str) -> tuple[StreamSeam, StreamSeam]
 UNET_ATTENTION_PATHS = tuple(f"{part}.attentions.*" for part in ("down_blocks.*", "mid_block", "up_blocks.*"))
 UNET_PATHS = tuple(f"{path}.transformer_blocks.*" for path in UNET_ATTENTION_PATHS)
 UNET_BLOCKS = tuple(BlockList(path, IMAGE) for path in UNET_PATHS)
+UNET = "unet_flowmap:FlowMapUNet2DConditionModel"
 UNET_TARGETS = tuple(Target(path, ("ff*",), ("*",)) for path in UNET_PATHS)
 
 # Stable Cascade's blocks of all kinds: those of attention are among them.
@@ -122,6 +126,7 @@ CASCADE_PATHS = ("down_blocks.*.*", "up_blocks.*.*")
 FAMILIES: tuple[Family, ...] = (
     Family(
         name="sd3",
+        source="sd3.transformer:SD3Transformer2DModel",
         blocks=(
             BlockList(
                 "transformer_blocks.*",
@@ -134,6 +139,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="flux",
+        source="flux.transformer:FluxTransformer2DModel",
         blocks=(
             BlockList("transformer_blocks.*", TEXT_NOISED),
             BlockList("single_transformer_blocks.*", JOINT_TEXT_NOISED),
@@ -145,6 +151,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="chroma",
+        source="chroma.transformer:ChromaTransformer2DModel",
         blocks=(
             BlockList("transformer_blocks.*", TEXT_IMAGE),
             BlockList("single_transformer_blocks.*", JOINT_TEXT_IMAGE),
@@ -158,6 +165,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="auraflow",
+        source="auraflow.transformer:AuraFlowTransformer2DModel",
         blocks=(
             BlockList(
                 "joint_transformer_blocks.*",
@@ -174,6 +182,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="flux2",
+        source="flux2.transformer:Flux2Transformer2DModel",
         blocks=(
             BlockList("transformer_blocks.*", TEXT_NOISED),
             BlockList("single_transformer_blocks.*", JOINT_TEXT_NOISED),
@@ -187,6 +196,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="longcat_image",
+        source="longcat_image.transformer:LongCatImageTransformer2DModel",
         blocks=(
             # Both kinds of blocks are run by functions of the family, with the streams apart.
             BlockList(
@@ -207,6 +217,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="flux3_image",
+        source="flux3_image.transformer:Flux3ImageTransformer2DModel",
         blocks=(
             # The streams meet in the single blocks only. References have blocks of their own, which are not probed.
             BlockList("mode_blocks.image.*", IMAGE),
@@ -221,6 +232,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="hidream",
+        source="hidream.transformer:HiDreamImageTransformer2DModel",
         blocks=(
             BlockList(
                 "double_stream_blocks.*",
@@ -240,6 +252,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="hunyuanvideo",
+        source="hunyuanvideo.transformer:HunyuanVideo15Transformer3DModel",
         blocks=(
             BlockList(
                 "transformer_blocks.*",
@@ -253,6 +266,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="mageflow",
+        source="mageflow.transformer:MageFlowTransformer2DModel",
         blocks=(
             BlockList(
                 "transformer_blocks.*",
@@ -266,6 +280,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="boogu_image",
+        source="boogu_image.transformer:BooguImageTransformer2DModel",
         blocks=(
             BlockList(
                 "double_stream_layers.*",
@@ -286,6 +301,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="qwen_image",
+        source="qwen_image.transformer:QwenImageTransformer2DModel",
         # The edit flavours put reference images behind the noised latents.
         blocks=(
             BlockList(
@@ -301,53 +317,63 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="qwen_image",
+        source="qwen_image.transformer_21:QwenImage21Transformer2DModel",
         blocks=(BlockList("transformer_blocks.*", joint("hidden_states", "packed_after_prompt", "prompt_first")),),
         targets=(Target("transformer_blocks.*", ("img_mlp*",), ("*",)),),
         denoisers=("QwenImage21Transformer2DModel",),
     ),
     Family(
         name="z_image",
+        source="z_image.transformer:ZImageTransformer2DModel",
         blocks=(BlockList("layers.*", joint("x", "own_grid_first", "text_after_own_grid")),),
         targets=(Target("layers.*", ("adaLN_modulation*", "feed_forward*"), ("*",)),),
     ),
     Family(
         name="z_image_omni",
+        source="z_image_omni.transformer:ZImageOmniTransformer2DModel",
         blocks=(BlockList("layers.*", joint("x", "grid_after_own_references", "own_texts_first")),),
         targets=(Target("layers.*", ("adaLN_modulation*", "feed_forward*"), ("*",)),),
     ),
     Family(
         name="lumina2",
+        source="lumina2.transformer:Lumina2Transformer2DModel",
         blocks=(BlockList("layers.*", joint("hidden_states", "after_own_text", "own_text_first")),),
         targets=(Target("layers.*", ("norm1*", "feed_forward*"), ("*",)),),
     ),
     Family(
         name="krea2",
+        source="krea2.transformer:Krea2Transformer2DModel",
         blocks=(BlockList("transformer_blocks.*", joint("hidden_states", "packed_after_prompt", "prompt_first")),),
         targets=(Target("transformer_blocks.*", ("ff*",), ("*",)),),
     ),
     Family(
         name="ernie",
+        source="ernie.transformer:ErnieImageTransformer2DModel",
         blocks=(BlockList("layers.*", joint("x", "before_cut_text", "cut_text_last"), layout="SBD"),),
         targets=(Target("layers.*", ("mlp*",), ("*",)),),
     ),
     Family(
         name="moss_image",
+        source="moss_image.transformer:MOSSImageTransformer",
         blocks=(BlockList("layers.*", joint("x", "grid_first", "prompt_after_grid")),),
         targets=(Target("layers.*", ("proj.ffn*",), ("*",)),),
     ),
     Family(
         name="omnigen",
+        source="omnigen.transformer:OmniGenTransformer2DModel",
         blocks=(BlockList("layers.*", joint("hidden_states", "after_ids_and_time", "ids_first")),),
         targets=(Target("layers.*", ("mlp*",), ("*",)),),
         noise="flow_clean_ward",
     ),
     Family(
         name="ideogram",
+        source="ideogram.transformer:Ideogram4Transformer",
         blocks=(BlockList("layers.*", joint("x", "after_prompt", "prompt_first")),),
         targets=(Target("layers.*", ("adaln_modulation*", "feed_forward*"), ("*",)),),
     ),
     Family(
         name="cosmos",
+        source="cosmos.transformer:CosmosTransformer3DModel",
         blocks=(BlockList("transformer_blocks.*", IMAGE),),
         targets=(Target("transformer_blocks.*", ("norm*", "ff*"), ("*",)),),
         noise="edm",
@@ -356,6 +382,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="anima",
+        source="anima.transformer:AnimaTransformerModel",
         blocks=(BlockList("core.transformer_blocks.*", IMAGE),),
         targets=(Target("core.transformer_blocks.*", ("norm*", "ff*"), ("*",)),),
         noise="flow_in_sigmas",
@@ -363,6 +390,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="zlab_i1",
+        source="zlab_i1.transformer:ZlabI1Transformer2DModel",
         blocks=tuple(
             BlockList(
                 path,
@@ -380,6 +408,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         # The v1.5 flavours run a decoder from code that comes with their weights: its blocks are not known here.
         name="ace_step",
+        source="ace_step.transformer:ACEStepTransformer2DModel",
         blocks=(BlockList("transformer_blocks.*", (StreamSeam("image", "hidden_states", tokens="attended"),)),),
         targets=(Target("transformer_blocks.*", ("ff*",), ("*",)),),
         text="cross",
@@ -390,6 +419,7 @@ FAMILIES: tuple[Family, ...] = (
         # The text reaches the blocks as channels of the latents. The language model that can be trained in place of the
         # transformer (minimax_music_train_component) is another class and has no noise level.
         name="minimaxmusic",
+        source="minimaxmusic.transformer:MiniMaxMusic3Transformer1DModel",
         blocks=(BlockList("transformer_blocks.*", (StreamSeam("image", "hidden_states", tokens="after_time_token"),)),),
         targets=(Target("transformer_blocks.*", ("ff_*",), ("*",)),),
         noise="flow_in_clean",
@@ -399,6 +429,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         # The text takes part as keys and values that a frozen language model has made. Sound tokens are not recorded.
         name="cosmos3",
+        source="cosmos3.transformer:Cosmos3OmniTransformer",
         blocks=(
             BlockList(
                 "layers.*",
@@ -417,6 +448,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         # One sequence of text, given frames, sound and noised frames. Sound tokens are not recorded.
         name="minimaxh3",
+        source="minimaxh3.transformer:MiniMaxH3Transformer3DModel",
         blocks=(BlockList("transformer_blocks.*", joint("hidden_states", "packed_video", "packed_text")),),
         targets=(Target("transformer_blocks.*", ("adaln_proj*", "ff*"), ("*",)),),
         noise="flow_in_clean",
@@ -425,12 +457,14 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         # Wan 2.2 TI2V gives the first frame clean, at timestep 0.
         name="wan",
+        source="wan.transformer:WanTransformer3DModel",
         blocks=(BlockList("blocks.*", (StreamSeam("image", "hidden_states", tokens="noised_tokens"),)),),
         targets=(Target("blocks.*", ("ffn*",), ("*",)),),
         text="cross",
     ),
     Family(
         name="ltxvideo",
+        source="ltxvideo.transformer:LTXVideoTransformer3DModel",
         blocks=(BlockList("transformer_blocks.*", IMAGE),),
         targets=(Target("transformer_blocks.*", ("ff*",), ("*",)),),
         text="cross",
@@ -440,6 +474,7 @@ FAMILIES: tuple[Family, ...] = (
     *(
         Family(
             name=name,
+            source="kandinsky5_video.transformer_kandinsky5:Kandinsky5Transformer3DModel",
             blocks=(BlockList("visual_transformer_blocks.*", (StreamSeam("image", "visual_embed"),)),),
             targets=(Target("visual_transformer_blocks.*", ("visual_modulation*", "feed_forward*"), ("*",)),),
             text="cross",
@@ -448,6 +483,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="longcat_video",
+        source="longcat_video.transformer:LongCatVideoTransformer3DModel",
         blocks=(BlockList("blocks.*", (StreamSeam("image", "x", tokens="after_condition_frames"),)),),
         targets=(Target("blocks.*", ("adaLN_modulation*", "ffn*"), ("*",)),),
         text="cross",
@@ -455,18 +491,21 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="wan_s2v",
+        source="wan_s2v.transformer:WanS2VTransformer3DModel",
         blocks=(BlockList("blocks.*", (StreamSeam("image", "hidden_states", tokens="before_reference_frames"),)),),
         targets=(Target("blocks.*", ("ffn*",), ("*",)),),
         text="cross",
     ),
     Family(
         name="infinitetalk",
+        source="infinitetalk.transformer:InfiniteTalkTransformer3DModel",
         blocks=(BlockList("blocks.*", IMAGE),),
         targets=(Target("blocks.*", ("ffn*",), ("*",)),),
         text="cross",
     ),
     Family(
         name="ltxvideo2",
+        source="ltxvideo2.transformer:LTX2VideoTransformer3DModel",
         blocks=(
             BlockList(
                 "transformer_blocks.*",
@@ -481,11 +520,12 @@ FAMILIES: tuple[Family, ...] = (
         target="video_and_audio",
     ),
     *(
-        Family(name=name, blocks=UNET_BLOCKS, targets=UNET_TARGETS, noise="ddpm", text="cross")
+        Family(name=name, source=UNET, blocks=UNET_BLOCKS, targets=UNET_TARGETS, noise="ddpm", text="cross")
         for name in ("sd1x", "sdxl", "kolors")
     ),
     Family(
         name="pixart",
+        source="pixart.transformer:PixArtTransformer2DModel",
         blocks=(BlockList("transformer_blocks.*", IMAGE),),
         targets=(Target("transformer_blocks.*", ("ff*",), ("*",)),),
         noise="ddpm",
@@ -494,15 +534,20 @@ FAMILIES: tuple[Family, ...] = (
     *(
         Family(
             name=name,
+            source=source,
             blocks=(BlockList("transformer_blocks.*", IMAGE),),
             targets=(Target("transformer_blocks.*", ("ff*",), ("*",)),),
             text="cross",
         )
-        for name in ("sana", "sanavideo")
+        for name, source in (
+            ("sana", "sana.transformer:SanaTransformer2DModel"),
+            ("sanavideo", "sanavideo.transformer:SanaVideoTransformer3DModel"),
+        )
     ),
     Family(
         # Its blocks are attention alone, on convolutional states.
         name="deepfloyd",
+        source=UNET,
         blocks=tuple(BlockList(path, IMAGE, layout="BDHW") for path in UNET_ATTENTION_PATHS),
         targets=tuple(Target(path, (), ("*",)) for path in UNET_ATTENTION_PATHS),
         noise="ddpm",
@@ -511,6 +556,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         # Residual (convolution), timestep and attention blocks take turns in its lists.
         name="stable_cascade",
+        source="stable_cascade.unet:StableCascadeUNet",
         blocks=tuple(
             BlockList(path, (StreamSeam("image", "x"),), layout="BDHW", only=("SDCascadeAttnBlock",))
             for path in CASCADE_PATHS

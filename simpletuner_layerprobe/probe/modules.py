@@ -21,6 +21,16 @@ def module_table(model: Any) -> tuple[ModuleRow, ...]:
     return tuple((name, type(module).__name__, _weight_shape(module)) for name, module in named_modules(model) if name)
 
 
+def norm_widths(model: Any) -> dict[str, int]:
+    """Name -> features of every LayerNorm and GroupNorm without a weight, which the module table does not have."""
+    widths = {}
+    for name, module in named_modules(model):
+        size = getattr(module, "normalized_shape", None) or getattr(module, "num_channels", None)
+        if size is not None and getattr(module, "weight", None) is None:
+            widths[name] = int(size if isinstance(size, int) else size[0])
+    return widths
+
+
 def _is_adapted_linear(kind: type) -> bool:
     names = {f"{base.__module__}.{base.__qualname__}" for base in kind.__mro__}
     return "torch.nn.modules.linear.Linear" in names or kind.__name__ == "Fp8Linear"

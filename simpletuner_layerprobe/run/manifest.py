@@ -11,7 +11,7 @@ import os
 import re
 import secrets
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -72,11 +72,16 @@ class Target:
 
 @dataclass(frozen=True)
 class Module:
-    """One module of the denoiser: name, class name such as "Linear", the weight's shape or ()."""
+    """One module of the denoiser: name, class name such as "Linear", the weight's shape or ().
+
+    width: the features of a norm that has no weight, 0 if it is not known. A run's manifest does not keep it, so that
+    the identity of a run stays what it was.
+    """
 
     name: str
     type: str
     shape: tuple[int, ...]
+    width: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -108,8 +113,8 @@ class Manifest:
 
     def __post_init__(self) -> None:
         check_schema(self.schema, SCHEMA)
-        for field in ("run_id", "family", "flavour", "model_class", "fingerprint", "created", "source"):
-            check_text(getattr(self, field), field)
+        for key in ("run_id", "family", "flavour", "model_class", "fingerprint", "created", "source"):
+            check_text(getattr(self, key), key)
         if not _RUN_ID.fullmatch(self.run_id):
             raise bad("run_id", self.run_id, "16 hexadecimal digits")
         if not _HEX.fullmatch(self.fingerprint):

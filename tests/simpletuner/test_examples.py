@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from synthetic_run import FLUX_DEV, SD35_LARGE, write_run
 
 from simpletuner_layerprobe.api.plans import alike
 from simpletuner_layerprobe.lokr.plan import Plan, make_plan
-from simpletuner_layerprobe.models import NAMED, Architecture, architecture
+from simpletuner_layerprobe.models import Architecture, architecture
 from simpletuner_layerprobe.training.environment import environment
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -25,32 +24,13 @@ FOLDERS = {
     "flux_dev": ("flux-dev-probe", FLUX_DEV),
     "wan21_t2v_1_3b": ("wan21-probe", {"image": tuple(f"blocks.{i}" for i in range(30))}),
 }
-# From the transformer/config.json of Wan-AI/Wan2.1-T2V-1.3B-Diffusers.
-WAN = {
-    "_class_name": "WanTransformer3DModel",
-    "patch_size": (1, 2, 2),
-    "num_attention_heads": 12,
-    "attention_head_dim": 128,
-    "in_channels": 16,
-    "out_channels": 16,
-    "text_dim": 4096,
-    "freq_dim": 256,
-    "ffn_dim": 8960,
-    "num_layers": 30,
-    "cross_attn_norm": True,
-    "qk_norm": "rms_norm_across_heads",
-}
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Architecture]:
+def models() -> dict[str, Architecture]:
     """The architecture of each folder's model."""
-    path = tmp_path_factory.mktemp("wan") / "config.json"
-    path.write_text(json.dumps(WAN))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        names = {folder: folder.replace("_", "-") for folder in FOLDERS}
-        return {folder: architecture(name if name in NAMED else path) for folder, name in names.items()}
+    names = {"wan21_t2v_1_3b": "wan21-1.3b"}
+    return {folder: architecture(names.get(folder, folder.replace("_", "-")), alone=True) for folder in FOLDERS}
 
 
 def equal_plan(model: Architecture, factor: int) -> Plan:

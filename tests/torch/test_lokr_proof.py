@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -57,7 +56,7 @@ def with_target_module(config: dict[str, Any], *classes: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def large() -> Architecture:
-    return architecture("sd35-large")
+    return architecture("sd35-large", alone=True)
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +164,7 @@ def test_one_check_leaves_nothing_for_the_next(large, config, plan, lycoris_stat
 )
 def test_lycoris_gives_every_module_of_the_others_what_the_plan_says(name, algo, count):
     """With groups per stream, a frozen block and a full one."""
-    model = architecture(name)
+    model = architecture(name, alone=True)
     blocks = model.streams[0].blocks
     value_L = np.arange(len(blocks)) % 12 / 11
     options = {"preset": "100M", "freeze": (1,), "critical": (2,) if algo == "lokr" else "auto", "algo": algo}
@@ -458,16 +457,6 @@ def test_enable_conv_false_does_not_hold():
 )
 def test_what_a_reader_should_know(config, note):
     assert any(note in one for one in check_config(config, SMALL).notes)
-
-
-def test_train_norm_on_norms_without_weights():
-    model = replace(SMALL, modules=(*SMALL.modules, Module("blocks.0.norm2", "LayerNorm", ())))
-    check = check_config(other(apply={"target_module": ["Block"]}, train_norm=True), model)
-    assert [(row.name, row.got.algo) for row in check.rows if "norm" in row.name] == [
-        (f"blocks.{number}.norm", "norm") for number in range(3)
-    ]
-    assert check.wrong == ()
-    assert "the model has 1 LayerNorms without a weight" in check.notes[0]
 
 
 def test_quantised_layers():

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import chromium
 import pytest
@@ -26,6 +27,20 @@ def layerprobe(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
         return Result(code, out, err)
 
     return run
+
+
+@pytest.fixture
+def diffusers_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """--model builds diffusers' classes, which for SD3 have the layers of SimpleTuner's: it is not imported here."""
+
+    def denoiser(source: str, config: Mapping[str, Any], where: str, *, alone: bool = False) -> Any:
+        import diffusers
+        import torch
+
+        with torch.device("meta"):
+            return getattr(diffusers, source.partition(":")[2]).from_config(dict(config))
+
+    monkeypatch.setattr("simpletuner_layerprobe.models.denoiser", denoiser)
 
 
 @pytest.fixture

@@ -33,7 +33,8 @@ KNOWS: dict[str, set[str]] = {
     "analyse": BASE,
     "lokr": {*BASE, "files", "run", "analyse"},
     "show": {*BASE, "run", "analyse"},
-    "models": {*BASE, "files", "run", "probe"},
+    "published": set(),
+    "models": {*BASE, "files", "run", "probe", "training", "published"},
     "api": {*BASE, "probe", "run", "training", "analyse", "lokr", "show", "models"},
     "plugin": {*BASE, "training", "analyse", "lokr", "show", "api"},
     "trial": {*BASE, "files", "run", "training", "analyse", "lokr", "show", "api"},
@@ -53,7 +54,8 @@ FOREIGN: dict[str, set[str]] = {
     "analyse": {"numpy", "scipy"},
     "lokr": {"numpy", "scipy", "torch", "lycoris", "peft", "safetensors"},
     "show": {"numpy", "matplotlib", "PIL"},
-    "models": {"torch", "diffusers"},
+    "published": set(),
+    "models": set(),
     "api": {"numpy", "pandas"},
     "plugin": set(),
     "trial": {"numpy", "PIL", "psutil"},
@@ -62,7 +64,8 @@ FOREIGN: dict[str, set[str]] = {
     "": set(),
 }
 HEAVY = ("torch", "simpletuner", "lycoris", "peft", "diffusers", "transformers", "matplotlib", "pandas")
-LIGHT = ("", "errors", "readings", "run", "analyse", "lokr", "show", "models", "api", "trial", "commands", "cli")
+LIGHT = ("", "errors", "readings", "run", "analyse", "lokr", "show", "published", "models", "api")
+LIGHT += ("trial", "commands", "cli")
 
 
 def sources() -> dict[str, str]:

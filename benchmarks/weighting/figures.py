@@ -31,7 +31,7 @@ def differences(path: Path, rows: Sequence[dict], margin: float, title: str) -> 
     axes.tick_params(axis="x", labelsize=8)
     axes.set_title(title, fontsize=9, loc="left")
     if margin > 0:
-        axes.legend(fontsize=7, loc="lower right", frameon=False)
+        axes.legend(fontsize=7, loc="upper right", frameon=False)
     figure.savefig(path, dpi=110, pil_kwargs={"optimize": True})
     plt.close(figure)
 

@@ -15,10 +15,21 @@ from simpletuner_layerprobe.readings import WHOLE, all_blocks, parse_reading
 if TYPE_CHECKING:
     from simpletuner_layerprobe.analyse.contribution import Contribution
     from simpletuner_layerprobe.lokr.check import Check
+    from simpletuner_layerprobe.lokr.origin import Origin
     from simpletuner_layerprobe.lokr.plan import Plan
     from simpletuner_layerprobe.training.environment import Environment
 
-__all__ = ["NAMED", "Architecture", "alike", "architecture", "check_config", "environment", "plan", "programs"]
+__all__ = [
+    "NAMED",
+    "Architecture",
+    "adapter_origin",
+    "alike",
+    "architecture",
+    "check_config",
+    "environment",
+    "plan",
+    "programs",
+]
 
 PathLike = str | os.PathLike[str]
 
@@ -90,6 +101,18 @@ def check_config(config: Mapping[str, Any] | PathLike, run: Run | Architecture |
     from simpletuner_layerprobe.lokr import proof
 
     return proof.check_config(config, run.manifest if isinstance(run, Run) else known_model(run))
+
+
+def adapter_origin(file: PathLike, config: PathLike, run: Run | Architecture | PathLike) -> Origin:
+    """Whether an adapter file comes from a LyCORIS config: .fits, .missing, .strange, .different.
+
+    run: whose model it is, as for `check_config`. Raises ConfigError for files that are none.
+    """
+    from simpletuner_layerprobe.files import read_object
+    from simpletuner_layerprobe.lokr.origin import origin
+
+    model = run.manifest if isinstance(run, Run) else known_model(run)
+    return origin(read_object(config, "a LyCORIS config"), model, file, str(config))
 
 
 def environment(name: str, run: Run, plan: Plan, *, force: bool = False, dry_run: bool = False) -> Environment:

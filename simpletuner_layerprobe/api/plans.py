@@ -103,16 +103,14 @@ def check_config(config: Mapping[str, Any] | PathLike, run: Run | Architecture |
     return proof.check_config(config, run.manifest if isinstance(run, Run) else known_model(run))
 
 
-def adapter_origin(file: PathLike, config: PathLike, run: Run | Architecture | PathLike) -> Origin:
+def adapter_origin(file: PathLike, config: Mapping[str, Any] | PathLike, run: Run | Architecture | PathLike) -> Origin:
     """Whether an adapter file comes from a LyCORIS config: .fits, .missing, .strange, .different.
 
     run: whose model it is, as for `check_config`. Raises ConfigError for files that are none.
     """
-    from simpletuner_layerprobe.files import read_object
     from simpletuner_layerprobe.lokr.origin import origin
 
-    model = run.manifest if isinstance(run, Run) else known_model(run)
-    return origin(read_object(config, "a LyCORIS config"), model, file, str(config))
+    return origin(config, run.manifest if isinstance(run, Run) else known_model(run), file)
 
 
 def environment(name: str, run: Run, plan: Plan, *, force: bool = False, dry_run: bool = False) -> Environment:

@@ -12,9 +12,8 @@ from simpletuner_layerprobe.commands.output import OK
 from simpletuner_layerprobe.errors import ConfigError
 
 if TYPE_CHECKING:
-    from simpletuner_layerprobe.api.plans import Architecture
+    from simpletuner_layerprobe.api.plans import Architecture, Check
     from simpletuner_layerprobe.api.run import Run
-    from simpletuner_layerprobe.lokr.check import Check
 
 MOST_SPLITS = 24
 
@@ -68,15 +67,13 @@ def command(arguments: argparse.Namespace) -> int:
 
 
 def _print_splits(check: Check) -> None:
-    from simpletuner_layerprobe.lokr.splits import RULE, splits
-
-    lines = splits(check.rows)
+    lines = check.splits
     for line in lines[:MOST_SPLITS]:
         print(f"split  {line}")
     if len(lines) > MOST_SPLITS:
         print(f"split  ... and {len(lines) - MOST_SPLITS:,} more")
     if lines:
-        print(f"split  {RULE}")
+        print("split  a side splits at its largest divisor up to the factor; a larger factor is fewer parameters")
 
 
 def _compare_adapter(arguments: argparse.Namespace, model: Run | Architecture) -> int:

@@ -91,9 +91,8 @@ def _got(expression: ast.AST) -> set[str]:
 
 
 def _class(algo: str) -> Any:
-    from lycoris.modules.norms import NormModule
-
-    return NormModule if algo == "norm" else fresh_wrapper().network_module_dict[algo]
+    wrapper = fresh_wrapper()
+    return wrapper.NormModule if algo == "norm" else wrapper.network_module_dict[algo]
 
 
 @cache

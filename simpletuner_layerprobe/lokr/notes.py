@@ -18,6 +18,7 @@ from simpletuner_layerprobe.lokr.presets import (
     replaced,
     written_preset,
 )
+from simpletuner_layerprobe.lokr.stops import bypasses
 
 if TYPE_CHECKING:
     from simpletuner_layerprobe.lokr.check import Row
@@ -63,32 +64,6 @@ def unmatched(config: Mapping[str, Any], model: Model) -> tuple[str, ...]:
 def _own(config: Mapping[str, Any]) -> dict[str, Any]:
     """What the author wrote into both presets: not what LyCORIS ships by name."""
     return written_preset(config) if is_file(config) else dict(config.get("apply_preset") or {})
-
-
-def stops_of(config: Mapping[str, Any], rows: Sequence[Row]) -> tuple[str, ...]:
-    """Why a training with these adapters stops at its first step or learns nothing, one line each."""
-    stops = []
-    if not any(row.got for row in rows):
-        stops.append("the config gives no module of this model an adapter: nothing would train")
-    multiplier = config.get("multiplier", 1)
-    if int(multiplier) == 0:
-        stops.append(f"multiplier {multiplier} is cut to 0 by SimpleTuner, so nothing learns; write 1")
-    algorithms = {row.got.algo for row in rows if row.got is not None}
-    for key in ("module_dropout", "rank_dropout"):
-        if float(config.get(key) or 0) >= 1 and (key == "module_dropout" or _drop_all(algorithms)):
-            stops.append(f"{key} {config[key]} leaves every change out, so nothing learns")
-    weightless = [row.name for row in rows if row.got is not None and row.got.algo == "norm" and not row.shape]
-    if weightless:
-        stops.append(
-            f"train_norm: LyCORIS takes {len(weightless):,} norms without a weight, first {weightless[0]}, and the "
-            "training stops at its first step; leave train_norm out"
-        )
-    return tuple(stops)
-
-
-def _drop_all(algorithms: set[str]) -> bool:
-    """Whether all of these drop the whole update at a rank_dropout of 1."""
-    return bool(algorithms) and algorithms <= {"lora", "loha", "lokr", "full", "diag-oft"}
 
 
 def _cut(config: Mapping[str, Any]) -> Iterator[str]:
@@ -175,17 +150,12 @@ def _unread(config: Mapping[str, Any], rows: Sequence[Row]) -> Iterator[str]:
         elif key == "train_norm" and str(value).lower() != "false" and "norm" not in algorithms:
             yield "train_norm has no effect: no norm that LyCORIS can train is among the modules"
     plain = set(fresh_wrapper().LycorisNetwork.TARGET_REPLACE_MODULE)
-    if config.get("dropout") and not _bypasses(config) and {row.type for row in rows if row.got} <= plain:
+    if config.get("dropout") and not bypasses(config) and {row.type for row in rows if row.got} <= plain:
         yield 'dropout has no effect without "bypass_mode": true: LyCORIS takes it only there'
     if config["algo"] != "tlora" and config["algo"].lower() == "tlora":
         yield f'algo {config["algo"]}: SimpleTuner masks no ranks unless it is written "tlora"'
     if _LLM_ADAPTER in written_preset(config).get("target_module", ()) and not config.get("train_llm_adapter"):
         yield f'{_LLM_ADAPTER} has no effect without "train_llm_adapter": true'
-
-
-def _bypasses(config: Mapping[str, Any]) -> bool:
-    inside = [settings for names in MAPS for settings in written_preset(config).get(names, {}).values()]
-    return any(str(settings.get("bypass_mode", False)).lower() != "false" for settings in (config, *inside))
 
 
 def _instead(key: str, algorithms: Sequence[str]) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from simpletuner_layerprobe.errors import ConfigError
+from simpletuner_layerprobe.files import read_object
 from simpletuner_layerprobe.lokr.form import check_form, check_matching_ends
 from simpletuner_layerprobe.lokr.network import tensors_on
 from simpletuner_layerprobe.lokr.saved import WHAT, bare_name
@@ -40,11 +41,16 @@ class Origin:
         return not (self.missing or self.strange or self.different)
 
 
-def origin(config: Mapping[str, Any], model: Model, path: str | os.PathLike[str], where: str = "the config") -> Origin:
+def origin(config: Mapping[str, Any] | str | os.PathLike[str], model: Model, path: str | os.PathLike[str]) -> Origin:
     """Compare what LyCORIS builds from a config, right or wrong, with the adapter file at `path`.
 
     Raises ConfigError for a config that is refused and for what is no safetensors file of LyCORIS's.
     """
+    where = "the config"
+    if isinstance(config, str | os.PathLike):
+        config, where = read_object(config, "a LyCORIS config"), str(config)
+    if not model.modules:
+        raise ConfigError("the run has no module table (it was imported without --model); name the model with --model")
     check_form(config, where)
     check_matching_ends(config, model.modules, where)
     built = skeleton(model.modules, model.model_class)

@@ -21,8 +21,9 @@ from simpletuner_layerprobe.lokr.form import check_form, check_matching_ends
 from simpletuner_layerprobe.lokr.groups import Model
 from simpletuner_layerprobe.lokr.meaning import reading
 from simpletuner_layerprobe.lokr.network import adapters_on, lycoris_version
-from simpletuner_layerprobe.lokr.notes import notes_of, stops_of, unmatched
+from simpletuner_layerprobe.lokr.notes import notes_of, unmatched
 from simpletuner_layerprobe.lokr.skeleton import skeleton
+from simpletuner_layerprobe.lokr.stops import stops_of
 
 if TYPE_CHECKING:
     from simpletuner_layerprobe.run.manifest import Module

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from simpletuner_layerprobe.lokr.adapter import LOKR
-from simpletuner_layerprobe.lokr.check import Row
 from simpletuner_layerprobe.lokr.factors import AUTO_FACTOR
 
-RULE = "a side splits at its largest divisor up to the factor; a larger factor is fewer parameters"
+if TYPE_CHECKING:
+    from simpletuner_layerprobe.lokr.check import Row
 
 
 def splits(rows: Iterable[Row]) -> tuple[str, ...]:

@@ -11,15 +11,18 @@ import gc
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from failing import fails
 from lokr_models import Model
+from safetensors.torch import save_file
 
 from simpletuner_layerprobe.lokr.check import Check
 from simpletuner_layerprobe.lokr.network import fresh_wrapper, silent
+from simpletuner_layerprobe.lokr.origin import origin
 from simpletuner_layerprobe.lokr.proof import check_config
 from simpletuner_layerprobe.lokr.splits import splits
 from simpletuner_layerprobe.probe.modules import module_table, norm_widths
@@ -89,6 +92,10 @@ FORMS: dict[str, tuple[dict[str, Any], set[str]]] = {
     "dropouts": (form("lokr", BLOCKS, rank_dropout=0.1, module_dropout=0.1), set()),
     "dropout": (form("lokr", BLOCKS, dropout=0.1), {"dropout"}),
     "dropout beside": (form("lokr", BLOCKS, dropout=0.1, bypass_mode=True), set()),
+    "a bypass of dylora": (form("dylora", BLOCKS, bypass_mode=True, linear_dim=32), set()),
+    "a bypass of dylora's only block": (form("dylora", BLOCKS, bypass_mode=True), set()),
+    "a bypass of oft": (form("diag-oft", BLOCKS, bypass_mode=True), set()),
+    "a bypass of oft with dropout": (form("diag-oft", BLOCKS, bypass_mode=True, dropout=0.1), set()),
     "all dropped": (form("lokr", BLOCKS, module_dropout=1), set()),
     "all ranks dropped": (form("loha", BLOCKS, rank_dropout=1.0), set()),
     "no rank of glora dropped": (form("glora", BLOCKS, rank_dropout=1.0), set()),
@@ -297,11 +304,11 @@ def test_the_words_are_those_of_the_network(name, model, table, tmp_path):
     }
     assert {row.name: dict(row.got.tensors) for row in check.rows if row.got} == built
     assert check.parameters == sum(p.numel() for lora in real.loras for p in lora.parameters())
-    norms = any(row.got and row.got.algo == "norm" and not row.shape for row in check.rows)
-    if norms:
-        with pytest.raises(AttributeError):
-            learns(config, model)
-    assert bool(check.stops) == (norms or not learns(config, model))
+    try:
+        trains = learns(config, model)
+    except (AttributeError, RuntimeError):
+        trains = False
+    assert trains != bool(check.stops)
     # One note, once; and what has no effect is what the form says.
     told = named(check)
     assert len(set(check.notes)) == len(check.notes)
@@ -497,3 +504,56 @@ def test_the_split_is_what_lycoris_built(factor, more, model, table):
         assert (asked, int(count)) == ("automatic" if factor == -1 else str(factor), len(of_shape))
         told = [tuple(map(int, pair)) for pair in re.findall(r"(\d+) x (\d+)", text)]
         assert told == of_shape[0] and int(numbers.replace(",", "")) == sum(a * b for a, b in told)
+
+
+# Whether an adapter file comes from a config
+
+
+def saved(config: dict[str, Any], model: Any, path: Path) -> Path:
+    """The file that SimpleTuner saves."""
+    made = network(config, copy.deepcopy(model))
+    made.apply_to()
+    save_file({key: tensor.contiguous() for key, tensor in made.state_dict().items()}, path)
+    return path
+
+
+SAVED = [
+    "lokr",
+    "lora",
+    "loha",
+    "dylora",
+    "diag-oft",
+    "glora",
+    "ia3",
+    "full",
+    "dora",
+    "scalar",
+    "unbalanced",
+    "a prefix",
+]
+
+
+@pytest.mark.parametrize("name", [*SAVED, "large dim", "the article's form", "a TOML", "names and defaults"])
+def test_an_adapter_comes_from_its_config(name, model, table, tmp_path):
+    config = copy.deepcopy(FORMS[name][0])
+    if config.get("preset") == "TOML":
+        config["preset"] = str(tmp_path / "mine.toml")
+        (tmp_path / "mine.toml").write_text(TOML)
+    made = origin(config, table, saved(config, model, tmp_path / "adapter.safetensors"))
+    assert (made.fits, made.missing, made.strange, made.different) == (True, (), (), {})
+    assert len(made.same) == sum(bool(row.got) for row in check_config(config, table).rows)
+
+
+def test_what_an_adapter_has_otherwise_is_told_module_by_module(model, table, tmp_path):
+    path = saved(form(apply=names(**{"0": {"factor": 2}, "1__ff": {"factor": 4}})), model, tmp_path / "a.safetensors")
+    made = origin(form(apply=names(**{"0": {"factor": 2}, "0__ff": {}, "1__attn": {"factor": 4}})), table, path)
+    assert not made.fits and made.same and all(name.startswith("transformer_blocks.0.") for name in made.same)
+    assert {name.split(".")[2] for name in made.missing} == {"attn"}
+    assert list(made.strange) == ["transformer_blocks_1_ff_net_0_proj", "transformer_blocks_1_ff_net_2"]
+    other = origin(form(apply=names(**{"0": {"factor": 4}, "1__ff": {"factor": 4}})), table, path)
+    meant, held = other.different["transformer_blocks.0.attn.to_q"]
+    assert (meant["lokr_w1"], held["lokr_w1"]) == ((4, 4), (2, 2))
+    assert (other.missing, other.strange) == ((), ())
+    save_file({"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": torch.zeros(1, 1)}, path)
+    with fails("is an adapter of PEFT's (transformer.transformer_blocks.0"):
+        origin(form(apply=BLOCKS), table, path)

@@ -12,6 +12,7 @@ from simpletuner_layerprobe import __version__
 from simpletuner_layerprobe.commands import (
     adapter,
     check_config,
+    classes,
     compare,
     doctor,
     export,
@@ -26,7 +27,21 @@ from simpletuner_layerprobe.commands import (
 from simpletuner_layerprobe.commands.arguments import Parser
 from simpletuner_layerprobe.errors import ProbeError
 
-COMMANDS = (doctor, status, heatmap, findings, report, compare, lokr, check_config, adapter, import_file, export, merge)
+COMMANDS = (
+    doctor,
+    status,
+    heatmap,
+    findings,
+    report,
+    compare,
+    lokr,
+    check_config,
+    classes,
+    adapter,
+    import_file,
+    export,
+    merge,
+)
 PROBLEM, INTERRUPTED = 1, 130
 
 

@@ -20,6 +20,7 @@ from simpletuner_layerprobe.probe.modules import module_table, norm_widths
 from simpletuner_layerprobe.published import NAMED
 from simpletuner_layerprobe.run.manifest import Module, Stream, Target
 from simpletuner_layerprobe.training.denoisers import denoiser
+from simpletuner_layerprobe.training.precision import quantised
 
 SUBFOLDERS = ("transformer", "unet", "prior", "dit", "ace_step_transformer")
 """Where pipelines keep their denoiser."""
@@ -44,6 +45,7 @@ class Architecture:
 
     family, flavour: SimpleTuner's names, flavour "" if unknown. model_class: the class that SimpleTuner trains.
     streams: the blocks that update each stream, targets: what a LoKr config covers in them. modules: its module table.
+    precision: the base_model_precision that the table was made for; "" as it was built, without having been asked.
     """
 
     family: str
@@ -52,24 +54,27 @@ class Architecture:
     streams: tuple[Stream, ...]
     targets: tuple[Target, ...]
     modules: tuple[Module, ...]
+    precision: str = ""
 
 
-def architecture(name_or_path: str | os.PathLike[str], *, alone: bool = False) -> Architecture:
+def architecture(name_or_path: str | os.PathLike[str], *, precision: str = "", alone: bool = False) -> Architecture:
     """The architecture called so in NAMED, or that of a config.json of a diffusers pipeline's denoiser.
 
     A path may be the file, its folder or the pipeline's; "FAMILY:PATH" says whose it is where families share a class.
-    alone: see `denoiser`.
+    precision: SimpleTuner's base_model_precision, which replaces layers. alone: see `denoiser`.
     Raises ModelError for what is neither, a file that is not such a config, a class that no family has, and where
     SimpleTuner's class cannot be imported or built.
     """
     text = os.fspath(name_or_path)
     named = NAMED.get(text)
     if named is not None:
-        return _architecture(family(named.family, named.class_name), named.config, named.flavour, text, alone)
+        return _architecture(
+            family(named.family, named.class_name), named.config, named.flavour, text, precision, alone
+        )
     name, _, path = text.partition(":") if _names_family(text) else ("", "", text)
     where = _config_path(Path(path))
     config = read_object(where, "a diffusers transformer config.json")
-    return _architecture(_entry(name, config, str(where)), config, "", str(where), alone)
+    return _architecture(_entry(name, config, str(where)), config, "", str(where), precision, alone)
 
 
 def _names_family(text: str) -> bool:
@@ -106,9 +111,13 @@ def _entry(name: str, config: Mapping[str, Any], where: str) -> Family:
     return next((entry for name in told for entry in entries if entry.name == name), entries[0])
 
 
-def _architecture(entry: Family, config: Mapping[str, Any], flavour: str, where: str, alone: bool) -> Architecture:
+def _architecture(
+    entry: Family, config: Mapping[str, Any], flavour: str, where: str, precision: str, alone: bool
+) -> Architecture:
     settings = {key: value for key, value in config.items() if not key.startswith("_")}
     model = denoiser(entry.source, settings, where, alone=alone)
+    if precision:
+        model = quantised(model, entry.name, precision)
     widths = norm_widths(model)
     return Architecture(
         family=entry.name,
@@ -117,4 +126,5 @@ def _architecture(entry: Family, config: Mapping[str, Any], flavour: str, where:
         streams=tuple(Stream(name, blocks) for name, blocks in stream_blocks(find_blocks(model, entry)).items()),
         targets=tuple(Target(each.blocks, each.at_factor, each.at_double) for each in entry.targets),
         modules=tuple(Module(*row, widths.get(row[0], 0)) for row in module_table(model)),
+        precision=precision,
     )

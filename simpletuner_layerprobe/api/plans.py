@@ -14,6 +14,7 @@ from simpletuner_layerprobe.readings import WHOLE, all_blocks, parse_reading
 
 if TYPE_CHECKING:
     from simpletuner_layerprobe.analyse.contribution import Contribution
+    from simpletuner_layerprobe.lokr.aims import Aim
     from simpletuner_layerprobe.lokr.check import Check
     from simpletuner_layerprobe.lokr.origin import Origin
     from simpletuner_layerprobe.lokr.plan import Plan
@@ -23,6 +24,7 @@ __all__ = [
     "NAMED",
     "Architecture",
     "adapter_origin",
+    "aims",
     "alike",
     "architecture",
     "check_config",
@@ -113,6 +115,19 @@ def adapter_origin(file: PathLike, config: Mapping[str, Any] | PathLike, run: Ru
     return origin(config, run.manifest if isinstance(run, Run) else known_model(run), file)
 
 
+def aims(run: Run | Architecture | PathLike) -> tuple[tuple[Aim, ...], tuple[Aim, ...]]:
+    """The class names, and the name patterns, that a LyCORIS config can aim at in a model; see lokr/aims.py.
+
+    run: whose model it is, as for `check_config`. Raises ConfigError for a run without a module table.
+    """
+    from simpletuner_layerprobe.lokr import aims
+
+    model = run.manifest if isinstance(run, Run) else known_model(run)
+    if not model.modules:
+        raise ConfigError("the run has no module table (it was imported without --model); name the model with --model")
+    return aims.classes(model), aims.names(model)
+
+
 def environment(name: str, run: Run, plan: Plan, *, force: bool = False, dry_run: bool = False) -> Environment:
     """Write the SimpleTuner environment config/NAME that trains a plan with the probe run's own options.
 
@@ -132,7 +147,7 @@ def programs(run: Run) -> list[str]:
 
 
 def known_model(model: Architecture | PathLike) -> Architecture:
-    """The architecture, also by its name. Raises ModelError if the probe does not know its blocks."""
+    """The architecture, also by its name. Raises ModelError for a model made by hand without blocks."""
     known = model if isinstance(model, Architecture) else architecture(model)
     if not known.streams:
         raise ModelError(f"{model} is a {known.model_class}; the layer probe does not know its blocks")

@@ -23,8 +23,8 @@ PathLike = str | os.PathLike[str]
 def load(path: PathLike, *, model: Architecture | PathLike | None = None, tokens: str = "last") -> Run:
     """The run in a folder, or the records in an article file (.jsonl, plain, gzip or bz2); nothing is written.
 
-    For a file of records, model: what they were recorded from, "sd35-large", "sd35-medium", "flux-dev", the path of a
-    diffusers transformer config.json, or an `architecture`; without it nothing can be planned. tokens: the reading that
+    For a file of records, model: what they were recorded from, as `architecture` takes it ("sd35-large", the path
+    of a config.json), or what that returns; without it nothing can be planned. tokens: the reading that
     the distances are of. Raises RunError if there is no such run or it is damaged, ModelError for another model.
     """
     from simpletuner_layerprobe.run.load import load_run
@@ -44,7 +44,8 @@ def import_records(
     """
     from simpletuner_layerprobe.run.article import import_article
 
-    known = {} if model is None else vars(known_model(model))
+    known = {} if model is None else {**vars(known_model(model))}
+    known.pop("precision", None)  # its layers are in the table
     return Run(import_article(file, run_dir, tokens=tokens, **known))
 
 

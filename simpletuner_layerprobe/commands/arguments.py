@@ -13,7 +13,10 @@ from simpletuner_layerprobe.lokr.amounts import amount, preset_parameters
 
 USAGE = 2
 MAX_BINS = 1000
-KNOWN_MODELS = "sd35-large, sd35-medium, flux-dev, or a diffusers transformer config.json"
+KNOWN_MODELS = (
+    "a name such as sd35-large, flux-dev or wan21-14b (docs/models.md has all), the config.json of a diffusers "
+    "transformer or unet, or a pipeline's folder; FAMILY:PATH where several of SimpleTuner's families fit"
+)
 
 
 class Add(Protocol):
@@ -50,6 +53,15 @@ def add_tokens(added: argparse.ArgumentParser, use: str) -> None:
         "--tokens",
         choices=("last", "mean"),
         help=f"the reading {use}: last token, as in the article, or mean over tokens; default last, if the run has it",
+    )
+
+
+def add_precision(added: argparse.ArgumentParser) -> None:
+    added.add_argument(
+        "--precision",
+        metavar="P",
+        help="with --model: SimpleTuner's base_model_precision, such as int8-quanto; it replaces layers, and a config "
+        "that goes by their classes reaches others",
     )
 
 

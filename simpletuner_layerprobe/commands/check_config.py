@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from simpletuner_layerprobe.commands.arguments import KNOWN_MODELS, Add
+from simpletuner_layerprobe.commands.arguments import KNOWN_MODELS, Add, add_precision
 from simpletuner_layerprobe.commands.imports import light, named_model
 from simpletuner_layerprobe.commands.output import OK
 from simpletuner_layerprobe.errors import ConfigError
@@ -30,6 +30,7 @@ def add_parser(add: Add) -> None:
     source = added.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", metavar="RUN", help="the model is the one of this run folder")
     source.add_argument("--model", metavar="MODEL", help=KNOWN_MODELS)
+    add_precision(added)
     added.add_argument(
         "--adapter",
         metavar="ADAPTER",
@@ -41,6 +42,8 @@ def add_parser(add: Add) -> None:
 def command(arguments: argparse.Namespace) -> int:
     from simpletuner_layerprobe.api import check_config, load
 
+    if arguments.precision is not None and arguments.model is None:
+        arguments.wrong_usage("--precision goes with --model: a run has the layers that it was recorded with")
     model = load(arguments.run) if arguments.run is not None else named_model(arguments)
     if arguments.adapter is not None:
         return _compare_adapter(arguments, model)

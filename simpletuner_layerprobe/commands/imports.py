@@ -39,12 +39,13 @@ def named_model(arguments: argparse.Namespace) -> Architecture:
     """The architecture that --model names. A few of SimpleTuner's classes need what is left out first."""
     from simpletuner_layerprobe.api.plans import architecture
 
-    alone = arguments.own_process
+    precision = getattr(arguments, "precision", None) or ""
+    alone = arguments.own_process and not precision  # to quantise takes what is left out
     if alone:
         with suppress(ModelError), light("diffusers", arguments):
             return architecture(arguments.model, alone=True)
     with quiet():
-        return architecture(arguments.model, alone=alone)
+        return architecture(arguments.model, precision=precision, alone=alone)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from simpletuner_layerprobe.commands.arguments import (
     KNOWN_MODELS,
     Add,
+    add_precision,
     add_tokens,
     budget,
     critical_blocks,
@@ -54,6 +55,7 @@ def add_parser(add: Add) -> None:
         metavar="MODEL",
         help=f"the model of a RUN that has no module table; without RUN all blocks are planned alike: {KNOWN_MODELS}",
     )
+    add_precision(added)
     added.add_argument(
         "--by",
         choices=(ANGLE, ABLATION),
@@ -144,6 +146,8 @@ def command(arguments: argparse.Namespace) -> int:
         )
     if arguments.run is None and arguments.env is not None:
         arguments.wrong_usage("--env takes the options of a probe run: give RUN, or use --out")
+    if arguments.precision is not None and arguments.model is None:
+        arguments.wrong_usage("--precision goes with --model: a run has the layers that it was recorded with")
     numbers, count = arguments.freeze
     if arguments.run is None and (arguments.by == ABLATION or count):
         arguments.wrong_usage("--by ablation and --freeze least:N go by what was measured: give RUN")

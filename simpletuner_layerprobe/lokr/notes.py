@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from simpletuner_layerprobe.lokr.groups import Model
+from simpletuner_layerprobe.lokr.groups import Model, layer_kind
 from simpletuner_layerprobe.lokr.keys import global_keys, inner_names, outer_name, read_by, without_effect
 from simpletuner_layerprobe.lokr.meaning import matches_any, rules_of, self_and_parents
 from simpletuner_layerprobe.lokr.network import BY_POSITION, KEPT, fresh_wrapper
@@ -34,6 +34,12 @@ _ALPHA = ("alpha", "network_alpha", "lora_alpha", "linear_alpha", "conv_alpha")
 def notes_of(config: Mapping[str, Any], model: Model, rows: Sequence[Row]) -> tuple[str, ...]:
     """What a reader of the config should know, one line each."""
     notes = [*_cut(config), *_by_layer_class(config, model, rows)]
+    by_class = _layer_classes(config, model)
+    if by_class and not getattr(model, "precision", "as recorded"):
+        notes.append(
+            f"layers are reached by their own class ({', '.join(by_class)}), of which a quantised base has fewer: say "
+            "its base_model_precision with --precision, such as int8-quanto"
+        )
     written = written_preset(config)
     if written.get("target_module") and written.get("name_algo_map") and not all(row.ok for row in rows):
         notes.append(
@@ -77,6 +83,13 @@ def _cut(config: Mapping[str, Any]) -> Iterator[str]:
         if key in config and not config[key]:
             instead = key.replace("conv", "linear")
             yield f"{key} {config[key]} is read as {instead}, {config.get(instead, BY_POSITION[instead])}"
+
+
+def _layer_classes(config: Mapping[str, Any], model: Model) -> list[str]:
+    """The classes of layers that the config's choice of classes has, its default choice too."""
+    rules = rules_of(config)
+    chosen = {*rules.TARGET_REPLACE_MODULE, *rules.MODULE_ALGO_MAP}
+    return sorted(chosen & {module.type for module in model.modules if layer_kind(module) in ("linear", "conv")})
 
 
 def _by_layer_class(config: Mapping[str, Any], model: Model, rows: Sequence[Row]) -> Iterator[str]:

@@ -50,10 +50,12 @@ _MOST_LOSS = float(np.finfo(np.float32).max)
 def article_manifest(rows: Rows, source: Path, tokens: str, **known: Any) -> Manifest:
     """The manifest of a file with these rows. known: what is known of the model, fields of Manifest.
 
-    Raises RunError if its streams have other numbers of blocks than the rows.
+    Streams that a record cannot have (sound) are left out. Raises RunError if the others have other numbers of blocks
+    than the rows.
     """
     counts = {name: distance_NL.shape[1] for (name, _), distance_NL in rows.distances.items()}
-    blocks = {stream.name: len(stream.blocks) for stream in known.get("streams", ())}
+    known["streams"] = tuple(stream for stream in known.get("streams", ()) if stream.name in RECORD_KEYS)
+    blocks = {stream.name: len(stream.blocks) for stream in known["streams"]}
     for name in {**counts, **blocks} if blocks else ():
         if counts.get(name, 0) != blocks.get(name, 0):
             raise RunError(

@@ -8,22 +8,40 @@ import sys
 from pathlib import Path
 
 import pytest
+from command_line import in_a_process
 
 from simpletuner_layerprobe.probe.families import FAMILIES
 
-SCRIPT = Path(__file__).parent / "families" / "tables.py"
+FOLDER = Path(__file__).parent / "families"
+SD3 = {
+    "_class_name": "SD3Transformer2DModel",
+    "num_layers": 3,
+    "num_attention_heads": 2,
+    "caption_projection_dim": 128,
+    "joint_attention_dim": 64,
+    "pooled_projection_dim": 32,
+    "sample_size": 16,
+    "pos_embed_max_size": 16,
+    "qk_norm": "rms_norm",
+    "dual_attention_layers": [0],
+}
+LOKR = {"algo": "lokr", "multiplier": 1, "linear_dim": 10000, "linear_alpha": 1, "factor": 8}
 NAMES = sorted({family.name for family in FAMILIES})
 
 
 @pytest.fixture(scope="module")
 def cases() -> dict[str, list[dict]]:
     """What tables.py says of each family's cases."""
-    done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True)
     said: dict[str, list[dict]] = {}
-    for line in done.stdout.splitlines():
-        said.setdefault(json.loads(line)["family"], []).append(json.loads(line))
-    assert said, done.stderr[-4000:]
+    for line in lines_of("tables.py"):
+        said.setdefault(line["family"], []).append(line)
     return said
+
+
+def lines_of(script: str) -> list[dict]:
+    done = subprocess.run([sys.executable, str(FOLDER / script)], capture_output=True, text=True)
+    assert done.stdout, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -31,9 +49,69 @@ def test_the_table_and_the_networks_are_those_of_simpletuners_class(cases, name)
     for case in cases[name]:
         assert "error" not in case, case["error"]
         assert case["tables"] == [] and case["light"], case
+        assert case["planned"][0] == case["planned"][1] > 0
         assert not any(case["networks"].values()), case["networks"]
 
 
 def test_every_entry_of_the_table_was_built(cases):
     classes = {(name, case["class"]) for name, known in cases.items() for case in known}
     assert classes == {(family.name, family.source.partition(":")[2]) for family in FAMILIES}
+
+
+def test_the_layers_of_a_quantised_base_are_those_of_simpletuners_function():
+    lines = lines_of("precisions.py")
+    assert len(lines) >= 15
+    assert [line for line in lines if line["different"]] == []
+    replaced = {kind for line in lines for kind in line["layers"]}
+    assert {"Linear", "QLinear", "SDNQLinear", "Fp8NativeLinear"} <= replaced
+
+
+@pytest.fixture
+def check(tmp_path):
+    """Runs check-config in a process of its own, as users do."""
+    config, model = tmp_path / "lycoris_config.json", tmp_path / "config.json"
+    model.write_text(json.dumps(SD3))
+
+    def run(settings: dict, *options: str, on: str = str(model)) -> subprocess.CompletedProcess[str]:
+        config.write_text(json.dumps(LOKR | settings))
+        return in_a_process("check-config", str(config), "--model", on, *options, stdout=subprocess.PIPE)
+
+    return run
+
+
+def test_a_config_that_depends_on_the_precision(check):
+    plain, quantised = check({}), check({}, "--precision", "int8-quanto")
+    assert (plain.returncode, quantised.returncode, plain.stderr, quantised.stderr) == (0, 0, "", "")
+    assert ": 0 of 51 modules wrong" in plain.stdout and ": 0 of 14 modules wrong" in quantised.stdout
+    note = "note   layers are reached by their own class (Conv2d, Linear), of which a quantised base has fewer: say its"
+    assert note in plain.stdout and "of which a quantised base" not in quantised.stdout
+    attention = {"apply_preset": {"target_module": ["Attention"]}}
+    assert note not in check(attention).stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (
+            ("--precision", "nf4-bnb"),
+            "SimpleTuner cannot replace the layers for nf4-bnb here: it does so while it loads",
+        ),
+        (("--precision", "int9"), "SimpleTuner has no base_model_precision 'int9'; it has: no_change, int8-quanto"),
+    ],
+)
+def test_a_precision_that_cannot_be_told(check, options, text):
+    done = check({}, *options)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert done.stderr.startswith(f"layerprobe: error: {text}")
+
+
+def test_what_cannot_train_exits_with_1(check):
+    nothing = check({"apply_preset": {"target_module": ["WanAttention"]}}, on="wan21-1.3b")
+    assert (nothing.returncode, nothing.stdout.splitlines()[0]) == (
+        1,
+        "note   nothing in the model matches WanAttention",
+    )
+    assert nothing.stderr.endswith("gives no module of this model an adapter\n")
+    norms = check({"train_norm": True, "apply_preset": {"target_module": ["JointTransformerBlock"]}}, "--differences")
+    assert norms.returncode == 1 and "STOPS  train_norm: LyCORIS takes 11 norms without a weight" in norms.stdout
+    assert "0 of 54 modules wrong" in norms.stdout and norms.stderr.count("\n") == 1

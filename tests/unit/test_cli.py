@@ -38,13 +38,13 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
 def test_every_command_has_help_with_an_example_and_few_options(layerprobe: Command) -> None:
     (commands,) = (action for action in parser()._actions if action.nargs == "A...")
     assert " ".join(commands.choices) == (  # type: ignore[arg-type]
-        "doctor status heatmap findings report compare lokr check-config adapter import export merge"
+        "doctor status heatmap findings report compare lokr check-config classes adapter import export merge"
     )
     listed = layerprobe("--help").out
     for name, command in commands.choices.items():  # type: ignore[union-attr]
         shown = layerprobe(name, "--help")
         assert shown.code == 0 and f"example:\n  layerprobe {name}" in shown.out and f"  {name} " in listed
-        assert sum(bool(action.option_strings) for action in command._actions) <= 17, name
+        assert sum(bool(action.option_strings) for action in command._actions) <= 18, name
 
 
 def test_a_reader_that_has_gone_is_no_traceback(tiny_run: Path) -> None:

@@ -600,3 +600,32 @@ def test_whether_an_adapter_comes_from_a_config(layerprobe: Command, tiny_run: P
     assert_one_line(shown, 1, f"{file} does not come from {config}")
     assert shown.out.startswith(f"WRONG  {check.rows[0].name}: alpha, lokr_w1 ")
     assert "40 of 41 modules the same" in shown.out
+
+
+def test_the_layers_of_a_run_are_as_they_were_recorded(layerprobe: Command, tiny_run: Path) -> None:
+    for name in ("check-config", "lokr", "classes"):
+        run = () if name == "classes" else (tiny_run,)
+        where = () if name == "lokr" else ("--run", tiny_run)
+        result = layerprobe(name, *run, *where, "--precision", "int8-quanto")
+        assert_one_line(result, 2, "--precision goes with --model: a run has the layers that it was recorded with")
+
+
+# classes
+
+
+def test_classes_lists_what_a_config_can_aim_at(layerprobe: Command, tiny_run: Path, tmp_path: Path) -> None:
+    shown = layerprobe("classes", "--run", tiny_run)
+    assert (shown.code, shown.err) == (0, "")
+    lines = shown.out.splitlines()
+    assert lines[0].split() == ["class", "modules", "weights"] and "name (use_fnmatch)" in lines
+    assert max(map(len, lines)) <= 80
+    told = layerprobe("classes", "--run", tiny_run, "--json").json
+    row = next(row for row in told["names"] if row["name"] == "transformer_blocks.*.attn.to_q")
+    assert row["modules"] == 6 and row["weights"] > 0
+    assert {"class": "Linear", "modules": 43, "weights": sum(row["weights"] for row in told["names"])} in told[
+        "classes"
+    ]
+    by_model = layerprobe("classes", "--model", "sd35-medium", "--json").json
+    assert next(row["modules"] for row in by_model["classes"] if row["class"] == "JointTransformerBlock") == 385
+    assert_one_line(layerprobe("classes", "--model", tmp_path), 1, "there is no architecture", "sd35-large")
+    assert_one_line(layerprobe("classes"), 2, "--model --run is required")

@@ -1,8 +1,9 @@
 """What --model says of every case of table.py, beside the denoiser that the family tests really make.
 
-Prints one JSON object a line: {"family", "label", "class", "tables", "networks", "light"}, or with "error". tables: the
-differences between the two module tables. networks: those between what LyCORIS builds on the skeleton and on
-SimpleTuner's own class, per config. light: the same table from a process that imports of SimpleTuner what it must.
+Prints one JSON object a line: {"family", "label", "class", "tables", "networks", "light", "planned"}, or "error".
+tables: the differences between the two module tables. networks: those between what LyCORIS builds on the skeleton and
+on SimpleTuner's own class, per config. light: the same table from a process that imports of SimpleTuner what it must.
+planned: for lokr's plans of the model alone and of a run imported with it, the modules that get what was meant.
 
     python tests/simpletuner/families/tables.py
 """
@@ -67,8 +68,30 @@ def compared(case: Any, path: Path, light: Any) -> dict[str, Any]:
         "class": model.model_class,
         "tables": differences(table_of(denoiser), table_of(model)),
         "networks": {name: network_differences(config, denoiser, model) for name, config in configs(model).items()},
+        "planned": [planned(model), planned(imported(model, path.parent))],
         "light": json.loads(light.stdout.readline()) == [model.family, model.model_class, repr(model.modules)],
     }
+
+
+def planned(of: Any) -> int:
+    """The modules of a plan, proved."""
+    from simpletuner_layerprobe.api import plan
+
+    least = plan(of, params=1).least
+    check = plan(of, params=2 * least).verify().check
+    return sum(row.ok for row in check.rows)
+
+
+def imported(model: Any, folder: Path) -> Any:
+    """A run of records that fit the model."""
+    from simpletuner_layerprobe.api.records import import_records
+
+    keys = {"image": "hidden_states", "text": "encoder_hidden_states"}
+    lengths = {keys[stream.name]: len(stream.blocks) for stream in model.streams if stream.name in keys}
+    file = folder / "records.jsonl"
+    record = {key: [(place + 1) / 100 for place in range(length)] for key, length in lengths.items()}
+    file.write_text("".join(json.dumps({"timestep": sigma / 10, **record}) + "\n" for sigma in range(10)))
+    return import_records(file, Path(tempfile.mkdtemp(dir=folder)), model=model)
 
 
 def made(case: Any) -> Any:

@@ -38,15 +38,15 @@ try simpletuner train env=emoji-demo
 try layerprobe status "$run"
 try layerprobe report "$run"
 
-try layerprobe lokr "$run" --params 300k --env emoji-weighted
-try layerprobe check-config config/emoji-weighted/lycoris_config.json --run "$run" --differences
+try layerprobe lokr "$run" --params 300k --env emoji-lokr
+try layerprobe check-config config/emoji-lokr/lycoris_config.json --run "$run" --differences
 
 # 80 steps at batch 8
-try simpletuner train env=emoji-weighted
-try python draw.py --adapter output/emoji-weighted/pytorch_lora_weights.safetensors --out sheet.png
+try simpletuner train env=emoji-lokr
+try python draw.py --adapter output/emoji-lokr/pytorch_lora_weights.safetensors --out sheet.png
 
 echo
 echo "To look at, in $PWD:"
 echo "  $run/report.html       which blocks turn the states, and which the loss needs"
 echo "  sheet.png                                  true pictures, the pipeline before, and after the training"
-echo "  config/emoji-weighted/lycoris_config.json  the LoKr config that was trained"
+echo "  config/emoji-lokr/lycoris_config.json      the LoKr config that was trained"

@@ -23,6 +23,7 @@ from simpletuner_layerprobe.commands import (
     merge,
     report,
     status,
+    trial,
 )
 from simpletuner_layerprobe.commands.arguments import Parser
 from simpletuner_layerprobe.errors import ProbeError
@@ -35,6 +36,7 @@ COMMANDS = (
     report,
     compare,
     lokr,
+    trial,
     check_config,
     classes,
     adapter,

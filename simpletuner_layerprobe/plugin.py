@@ -96,7 +96,9 @@ class Settled:
         if run.samples < self._next_samples:
             return
         self._next_samples = JUDGE_GROWTH * run.samples
-        confidence = run.confidence(preset=self._preset, share=self._share)
+        from simpletuner_layerprobe.api.options import WEIGHED
+
+        confidence = run.confidence(preset=self._preset, share=self._share, direction=WEIGHED)
         self.settled_share = float(confidence.settled_K.mean())
         self.wants_stop = confidence.settled
         if self.wants_stop:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,12 +17,15 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from simpletuner_layerprobe.analyse.chances import holm
+from simpletuner_layerprobe.analyse.crossed import Crossed, crossed
+from simpletuner_layerprobe.analyse.trial import verdict
 from weighting.arm import Arm
 from weighting.arms import SHUFFLED
 from weighting.figures import by_size, differences
 from weighting.results import FINAL, Result, read_results
 from weighting.rounds import ROUND, SHUFFLE_SEEDS, is_shuffle, tuning_means
-from weighting.statistics import Difference, difference, exchange_rate, holm, verdict
+from weighting.statistics import exchange_rate
 from weighting.store import load_arms
 from weighting.task import read_json
 
@@ -62,13 +66,12 @@ def rows_of(results: Sequence[Result], base: str, arms: Mapping[str, Arm], refer
     stacked = {name: np.stack([found[name][seed] for seed in seeds if seed in found[name]]) for name in names}
     image_SQ = {name: loss_SQU.mean(axis=2, dtype=np.float64) for name, loss_SQU in stacked.items()}
     base_SQ = image_SQ[reference]
-    own: dict[str, Difference] = {
-        name: difference(loss_SQ, base_SQ[: len(loss_SQ)]) for name, loss_SQ in image_SQ.items() if name != reference
+    own: dict[str, Crossed] = {
+        name: crossed(loss_SQ - base_SQ[: len(loss_SQ)]) for name, loss_SQ in image_SQ.items() if name != reference
     }
     margin = -own["uniform-110"].mean if "uniform-110" in own else 0.0
     tested = [name for name in own if not is_shuffle(name) and name not in OTHER_SIZE]
-    rejected, levels = holm([own[name].p for name in tested])
-    corrected = {name: (bad, level) for name, bad, level in zip(tested, rejected, levels, strict=True)}
+    corrected = dict(zip(tested, holm(np.array([own[name].p for name in tested])).tolist(), strict=True))
     mean = {name: float(loss_SQ.mean()) for name, loss_SQ in image_SQ.items()}
     # Against the equal plans of 90 to 125%, on the same seeds as the arm.
     sizes = [name for name in SIZES if name in mean]
@@ -92,16 +95,14 @@ def rows_of(results: Sequence[Result], base: str, arms: Mapping[str, Arm], refer
         rate = exchange_rate(float(loss_SQ.mean()), [SIZES[size] for size in sizes], equal) if len(sizes) > 1 else None
         row["as_good_as_size"] = None if rate is None else round(rate, 3)
         if name in own:
-            one = own[name]
             row |= {
-                "difference": round(one.mean, DIGITS),
-                "interval": [round(one.low, DIGITS), round(one.high, DIGITS)],
+                "difference": round(own[name].mean, DIGITS),
+                "interval": interval(own[name]),
+                "p": known(own[name].p),
             }
-            row["p"] = one.p
         if name in corrected:
-            bad, level = corrected[name]
-            low, high = one.interval(level)
-            row |= {"holm_interval": [round(low, DIGITS), round(high, DIGITS)], "verdict": verdict(one, bad, margin)}
+            p = corrected[name]
+            row |= {"holm_p": known(p), "verdict": verdict(own[name], p, margin)}
         rows.append(row)
     shuffles = [own[name].mean for name in own if is_shuffle(name)]
     place = None
@@ -110,8 +111,8 @@ def rows_of(results: Sequence[Result], base: str, arms: Mapping[str, Arm], refer
         place = {"better_than": sum(float(first.mean()) < one for one in shuffles), "of": len(shuffles)}
     article = None
     if "article-full" in image_SQ and "uniform-article-size" in image_SQ:
-        one = difference(image_SQ["article-full"], image_SQ["uniform-article-size"])
-        article = {"difference": round(one.mean, DIGITS), "interval": [round(one.low, DIGITS), round(one.high, DIGITS)]}
+        made = crossed(image_SQ["article-full"] - image_SQ["uniform-article-size"])
+        article = {"difference": round(made.mean, DIGITS), "interval": interval(made)}
     return {
         "seeds": seeds,
         "images": int(base_SQ.shape[1]),
@@ -120,6 +121,21 @@ def rows_of(results: Sequence[Result], base: str, arms: Mapping[str, Arm], refer
         "article_against_equal_of_its_size": article,
         "arms": rows,
     }
+
+
+def interval(made: Crossed) -> list[float | None]:
+    """The ends of the 95% interval, None where one seed or one picture cannot tell."""
+    return [known(round(end, DIGITS)) for end in made.interval()]
+
+
+def known(number: float) -> float | None:
+    return number if math.isfinite(number) else None
+
+
+def thousandths(row: Mapping) -> str:
+    """ "+0.52 [+0.10, +0.94]", the difference and its interval in thousandths."""
+    ends = ["?" if end is None else f"{1e3 * end:+.2f}" for end in row["interval"]]
+    return f"{1e3 * row['difference']:+.2f} [{', '.join(ends)}]"
 
 
 def by_block(arm: Arm) -> list[int]:
@@ -147,8 +163,7 @@ def table(base: Mapping) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for row in sorted(base["arms"], key=lambda row: row["loss"]):
-        low, high = (f"{1e3 * end:+.2f}" for end in row["interval"])
-        change = "" if row["arm"] == "uniform" else f"{1e3 * row['difference']:+.2f} [{low}, {high}]"
+        change = "" if row["arm"] == "uniform" else thousandths(row)
         cells = [row["arm"], f"{row['parameters']:,}", f"{row['learning_rate']:g}", f"{row['loss']:.5f}", change]
         lines.append(f"| {' | '.join([*cells, row.get('verdict', ''), size_words(row)])} |")
     return "\n".join(lines)
@@ -166,12 +181,15 @@ def summary(name: str, base: Mapping) -> str:
             f"{SHUFFLED} is better than {base['shuffles']['better_than']} of its {base['shuffles']['of']} shuffles."
         )
     if base["article_against_equal_of_its_size"]:
-        own = base["article_against_equal_of_its_size"]
-        low, high = (1e3 * end for end in own["interval"])
-        parts.append(
-            f"article-full against uniform-article-size: {1e3 * own['difference']:+.2f} [{low:+.2f}, {high:+.2f}]."
-        )
+        own = thousandths(base["article_against_equal_of_its_size"])
+        parts.append(f"article-full against uniform-article-size: {own}.")
     return "\n\n".join(parts)
+
+
+def drawn(row: Mapping) -> Mapping:
+    """The row as the figure shows it: a shuffle by its place alone, as intervals of two seeds would dwarf the rest."""
+    alone = is_shuffle(row["arm"]) or None in row["interval"]
+    return {**row, "interval": [row["difference"]] * 2} if alone else row
 
 
 def yes(bases: Mapping[str, Mapping]) -> list[str]:
@@ -209,7 +227,7 @@ def main() -> int:
             bases[name]["contributions"] = {key: read[key] for key in ("angle", "ablation", "oracle")}
         count = f"{len(bases[name]['seeds'])} seeds, {bases[name]['images']} pictures"
         rows = bases[name]["arms"]
-        near = [row for row in rows if row["arm"] not in ("uniform", "article-full", "uniform-article-size")]
+        near = [drawn(row) for row in rows if row["arm"] not in ("uniform", "article-full", "uniform-article-size")]
         differences(options.out / f"study-weighting-{name}.png", near, bases[name]["margin"], f"{name}: {count}")
         by_size(options.out / f"study-weighting-{name}-size.png", rows, f"{name}: {count}")
     run = options.results / "run.json"

@@ -1,6 +1,6 @@
 """Draw held-out captions with the pipeline as it is and with a trained adapter, beside the true pictures: one sheet.
 
-    python draw.py --adapter output/emoji-weighted/pytorch_lora_weights.safetensors --out sheet.png
+    python draw.py --adapter output/emoji-lokr/pytorch_lora_weights.safetensors --out sheet.png
 
 Three rows: the true pictures, which no training has seen; the pipeline; the pipeline with the adapter, from the same
 noise. The adapter's lycoris_config.json lies beside it, as SimpleTuner leaves it.

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Unpack
 
-from simpletuner_layerprobe.api.options import PlanOptions
+from simpletuner_layerprobe.api.options import WEIGHED, PlanOptions
 from simpletuner_layerprobe.api.plans import Architecture, alike, plan
 from simpletuner_layerprobe.api.run import Run
 from simpletuner_layerprobe.errors import ProbeError, RunError
@@ -141,7 +141,7 @@ def report(run: Run, reading: str | None = None, bins: int = 10, preset: str | N
     from simpletuner_layerprobe.show.page import Weights, page
 
     weights, problem = None, ""
-    options: dict[str, Any] = {"reading": reading, "preset": preset or run.preset}
+    options: dict[str, Any] = {"reading": reading, "preset": preset or run.preset, "direction": WEIGHED}
     try:
         made = plan(run, **options) if run.manifest.modules else None
         sure = run.confidence(**options)
@@ -178,7 +178,7 @@ def _commands(run: Run, reading: str | None, preset: str) -> str:
 
     follow_up = (run.path / OPTIONS_NAME).exists()
     options = [f"--tokens {reading}"] if reading not in (None, run.reading) else []
-    options.append("--preset article" if preset == "article" else f"--params {preset}")
+    options.append("--preset article" if preset == "article" else f"--params {preset} --direction {WEIGHED}")
     options.append("--env weighted" if follow_up else "--out lycoris_config.json")
     line = f"layerprobe lokr {shlex.quote(str(run.path))} {' '.join(options)}"
     return f"{line}\nsimpletuner train env=weighted" if follow_up else line

@@ -45,7 +45,8 @@ def plan(
 ) -> Plan:
     """A weighted LoKr (or LoHa, LoCon, LoRA) for a run's model; options: see PlanOptions.
 
-    reading: what the contributions are of, the run's angle unless "ablation" or another is named; see Run.contribution.
+    A budget gives equal factors unless it is asked to weigh the blocks: by a reading, a direction, a contrast or per
+    stream. reading: what the contributions are of, the run's angle unless "ablation" or another is named.
     run: with an `architecture`, or what names one, in its place all blocks count the same and a budget is needed. The
     plan's .numbers are a factor or rank for each of its .groups of modules, .parameters the trainable ones; .verify()
     proves with LyCORIS that every module gets what is meant, .write(path) writes the config. Raises ConfigError for
@@ -66,7 +67,9 @@ def plan(
     if options.get("per_stream"):
         clip = {name: value for name, value in weighting.items() if name == "clip_percentile"}
         streams = stream_contributions(run.heatmaps(reading, bins), **clip)
-    return make_plan(run.manifest, contribution, streams=streams, **asked_of(options, run.preset))
+    return make_plan(
+        run.manifest, contribution, streams=streams, **asked_of(options, run.preset, weighed=reading is not None)
+    )
 
 
 def _plan_alike(model: Architecture, options: PlanOptions) -> Plan:

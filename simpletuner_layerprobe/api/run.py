@@ -402,7 +402,7 @@ class Run:
         """The block number and the kind of modules of each number that `confidence` judges; "" for a whole block."""
         from simpletuner_layerprobe.lokr.plan import Recipe
 
-        recipe = Recipe(**asked_of(options, self.preset))
+        recipe = Recipe(**asked_of(options, self.preset, weighed=reading is not None))
         bootstrap = self._bootstrap(reading, bins)
         if not self.manifest.modules:
             return tuple((number, "") for number in range(len(bootstrap.names)))
@@ -417,7 +417,8 @@ class Run:
         from simpletuner_layerprobe.lokr.plan import decide_of
 
         bootstrap = self._bootstrap(reading, bins)
-        return bootstrap, decide_of(self.manifest, **asked_of(options, self.preset))(bootstrap)
+        asked = asked_of(options, self.preset, weighed=reading is not None)
+        return bootstrap, decide_of(self.manifest, **asked)(bootstrap)
 
     def _bootstrap(self, reading: str | None, bins: int) -> Bootstrap:
         from simpletuner_layerprobe.analyse.bootstrap import Bootstrap

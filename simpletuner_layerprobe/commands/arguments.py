@@ -101,6 +101,16 @@ def budget(text: str) -> int | str:
     return parameters or text
 
 
+def amount_of_parameters(text: str) -> int:
+    """A number of parameters, also by their size in bf16."""
+    parameters = amount(text)
+    if not parameters:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither a number of parameters such as 400M, nor a size such as 800MB"
+        )
+    return parameters
+
+
 def preset(text: str) -> str:
     """ "article", or an amount of parameters or bytes."""
     try:

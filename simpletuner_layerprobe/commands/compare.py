@@ -45,12 +45,14 @@ def add_parser(add: Add) -> None:
 def command(arguments: argparse.Namespace) -> int:
     from simpletuner_layerprobe.api import compare, load
     from simpletuner_layerprobe.api.changes import as_json, common_preset
+    from simpletuner_layerprobe.api.options import WEIGHED
     from simpletuner_layerprobe.api.pages import comparison_page
 
     run_a, run_b = load(arguments.a), load(arguments.b)
     preset = arguments.preset or common_preset(run_a, run_b)
     comparison = compare(run_a, run_b, reading=arguments.tokens, bins=arguments.bins, preset=preset)
-    decided = run_a.decided(reading=arguments.tokens, bins=arguments.bins, preset=preset) if comparison.factors else ()
+    options = {"reading": arguments.tokens, "bins": arguments.bins, "preset": preset, "direction": WEIGHED}
+    decided = run_a.decided(**options) if comparison.factors else ()
     out = None
     if arguments.out is not None:
         out = Path(arguments.out)

@@ -86,7 +86,10 @@ def add_parser(add: Add) -> None:
         "budget none), none, or numbers such as 0,31,35; default auto",
     )
     added.add_argument(
-        "--direction", choices=DIRECTIONS, help=f"with a budget, which blocks get more; default {DIRECTIONS[0]}"
+        "--direction",
+        choices=DIRECTIONS,
+        help="with a budget, which blocks get more. Default uniform, equal factors, which nothing measured beats "
+        f"(docs/study-weighting.md); {DIRECTIONS[0]} where --contrast, --per-stream, --tokens or --by ablation weigh",
     )
     added.add_argument(
         "--per-stream",

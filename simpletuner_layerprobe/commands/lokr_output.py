@@ -21,6 +21,9 @@ READINGS = {
     "ablation": "ablation, the loss increase with a block left out (a negative one counts as 0)",
 }
 
+EQUAL_SPLIT = "equal factors, which no uneven split was seen to beat; --direction and --contrast weigh the blocks"
+WEIGHTED_SPLIT = "weighted; no such split was seen to beat equal factors: layerprobe trial compares them on your data"
+
 
 @dataclass(frozen=True)
 class Frozen:
@@ -42,6 +45,8 @@ def print_plan(
     plan: Plan, sure: Confidence | None, rows: Sequence[BlockRow], reading: str, frozen: Frozen | None
 ) -> None:
     """The table of blocks, what was asked for, reached and proved, and how sure it is. reading: that it goes by."""
+    from simpletuner_layerprobe.api.options import EQUAL
+
     kinds = list(dict.fromkeys(kind for row in rows for kind in row.numbers))
     heads, sides = ["", "block", "contribution"], [RIGHT, LEFT, RIGHT]
     if sure:
@@ -76,6 +81,7 @@ def print_plan(
         gap = f"{abs(plan.gap):,} ({abs(plan.gap) / plan.budget:.3%}) {'above' if plan.gap > 0 else 'below'}"
         print(f"budget   {plan.budget:,} parameters, {_size(plan.budget)} in bf16; gap {gap if plan.gap else 'none'}")
         print(f"bound    {plan.bound}")
+        print(f"split    {EQUAL_SPLIT if plan.direction == EQUAL else WEIGHTED_SPLIT}")
     else:
         half = "attention twice the factor" if plan.word == "factor" else "attention half of it; alpha is the rank"
         print(f"feed-forward and modulation get the {plan.word}, {half}")
@@ -113,6 +119,7 @@ def as_json(
             "least": plan.least,
             "most": plan.most,
             "bound": plan.bound,
+            "direction": plan.direction,
         }
         if plan.budget
         else None,

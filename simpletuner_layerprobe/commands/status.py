@@ -89,8 +89,10 @@ def _nonfinite(run: Run) -> str:
 
 def _settled(run: Run, arguments: argparse.Namespace) -> str:
     """What the factors of a preset still need."""
+    from simpletuner_layerprobe.api.options import WEIGHED
+
     preset = arguments.preset or run.preset
-    options = {"preset": preset, "reading": arguments.tokens}
+    options = {"preset": preset, "reading": arguments.tokens, "direction": WEIGHED}
     try:
         sure, times = run.confidence(**options), run.times_to_settle(**options)
     except ProbeError as error:

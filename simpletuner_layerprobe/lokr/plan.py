@@ -122,10 +122,10 @@ class Plan:
     blocks: all, in the model's order. groups, numbers: one factor or rank per group; frozen blocks have no group.
     block_factors: the article's factor of every block, () with a budget. decided_K: the number of the block that each
     of the K decisions of `decide_of` is about: one per block that is not frozen, with a budget one per group. budget:
-    the parameters asked for, None in the article's recipe; least, most: what the smallest and the largest plan of the
-    kind have. bound: what is proved, in words, "" without a budget. differing: places of the groups that get another
-    number from the method that judges replicates, which is as good (budget.py). check: what LyCORIS or PEFT builds,
-    once it is verified.
+    the parameters asked for, None in the article's recipe; direction: how it is split, "" in that; least, most: what
+    the smallest and the largest plan of the kind have. bound: what is proved, in words, "" without a budget. differing:
+    places of the groups that get another number from the method that judges replicates, which is as good (budget.py).
+    check: what LyCORIS or PEFT builds, once it is verified.
     """
 
     model: Model = field(repr=False)
@@ -140,6 +140,7 @@ class Plan:
     most: int | None = None
     bound: str = ""
     slack: float | None = None
+    direction: str = ""
     differing: tuple[int, ...] = ()
     check: Check | None = field(default=None, repr=False)
 
@@ -241,6 +242,7 @@ def make_plan(
         least=budget.least,
         most=budget.most,
         slack=allotment.slack,
+        direction=recipe.direction,
         differing=allotment.differing,
     )
     return replace(made, bound=budget.bound(allotment, made.parameters))

@@ -22,6 +22,7 @@ from simpletuner_layerprobe.probe.modules import module_table
 
 ADAPTER = "default"
 """What PEFT calls the adapter that SimpleTuner trains."""
+BF16_ROUNDING = 2.0**-8
 DROPOUTS = ("dropout", "rank_dropout", "module_dropout")
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -108,7 +109,8 @@ def _load_lycoris(trainer: Any, file: AdapterFile, make: Callable[[], None]) -> 
     network.load_weights(str(file.path))
     loaded = network.state_dict()
     for name, alpha in alphas.items():  # the scale is that of the config, whatever alpha is loaded
-        if not torch.equal(alpha.float().cpu(), loaded[name].float().cpu()):
+        # SimpleTuner saves in the training's precision: full matrices have an alpha of 1,000,000, in bf16 999,424.
+        if not torch.allclose(alpha.float().cpu(), loaded[name].float().cpu(), rtol=BF16_ROUNDING, atol=0):
             raise ConfigError(
                 f"layerprobe_adapter: {file.path} does not fit {made_by}: {name} is {loaded[name].item():g} in the "
                 f"file, {alpha.item():g} here; give the lycoris_config that it was trained with"

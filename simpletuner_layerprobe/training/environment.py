@@ -81,7 +81,7 @@ def environment(
     output_dir = _sibling_output_dir(options, name)
     own = {**trained.options(folder.as_posix()), "output_dir": output_dir}
     # config.json last: without it the folder is no environment, so one that was cut short is not trained with.
-    contents = {**trained.files(), OPTIONS_NAME: json_bytes(_follow_up_options(options, own))}
+    contents = {**trained.files(), OPTIONS_NAME: json_bytes(changed_options(options, own))}
     made = Environment(name, folder, output_dir, tuple(folder / file for file in reversed(contents)))
     require_free(made.written, force=force)
     if not dry_run:
@@ -111,7 +111,7 @@ def _sibling_output_dir(options: Mapping[str, Any], name: str) -> str:
 
     Not in the working folder itself: SimpleTuner looks for the environment there before it looks in config.
     """
-    probed = next((value for key, value in options.items() if _bare(key) == "output_dir"), None)
+    probed = option(options, "output_dir")
     parent = PurePosixPath(str(probed)).parent if probed else PurePosixPath()
     if parent == PurePosixPath():
         parent = PurePosixPath(DEFAULT_OUTPUT_PARENT)
@@ -123,7 +123,12 @@ def _sibling_output_dir(options: Mapping[str, Any], name: str) -> str:
     return str(output_dir)
 
 
-def _follow_up_options(options: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+def option(options: Mapping[str, Any], name: str) -> Any:
+    """What an option is set to, however it is spelled; None if it is not there."""
+    return next((value for key, value in options.items() if _bare(key) == name), None)
+
+
+def changed_options(options: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     """The options without layerprobe's, and with `own` in the place and spelling that the user gave them; None goes."""
     written: dict[str, Any] = {}
     left = dict(own)

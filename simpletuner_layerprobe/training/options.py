@@ -105,8 +105,8 @@ OPTIONS = (
         "Preset to settle",
         "TEXT",
         "article",
-        "Whose factors layerprobe_stop_when_stable waits for: article, or the plan for a budget, as a number of "
-        "trainable parameters such as 400M or a size in bf16 such as 800MB.",
+        "Whose factors layerprobe_stop_when_stable waits for: article, or the weighted plan for a budget, as a number "
+        "of trainable parameters such as 400M or a size in bf16 such as 800MB.",
     ),
     Option(
         "layerprobe_discover",

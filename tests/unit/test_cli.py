@@ -38,7 +38,7 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
 def test_every_command_has_help_with_an_example_and_few_options(layerprobe: Command) -> None:
     (commands,) = (action for action in parser()._actions if action.nargs == "A...")
     assert " ".join(commands.choices) == (  # type: ignore[arg-type]
-        "doctor status heatmap findings report compare lokr check-config classes adapter import export merge"
+        "doctor status heatmap findings report compare lokr trial check-config classes adapter import export merge"
     )
     listed = layerprobe("--help").out
     for name, command in commands.choices.items():  # type: ignore[union-attr]

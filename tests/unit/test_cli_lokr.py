@@ -229,6 +229,30 @@ def test_as_many_as_another_config_in_every_direction(layerprobe: Command, tiny_
     assert_one_line(layerprobe("lokr", tiny_run, "--params", like), 1, str(like), "no budget to match")
 
 
+def test_a_budget_is_split_equally_unless_something_weighs(layerprobe: Command, tiny_run: Path, tmp_path: Path) -> None:
+    """docs/study-weighting.md: nothing measured beats equal factors."""
+
+    def made(*options: str) -> tuple[bytes, str]:
+        out = tmp_path / "config.json"
+        shown = layerprobe("lokr", tiny_run, "--params", "60k", "--out", out, "--force", *options)
+        assert shown.code == 0, shown.err
+        (split,) = [line for line in shown.out.splitlines() if line.startswith("split ")]
+        return out.read_bytes(), split
+
+    equal, weighted = made("--direction", "uniform"), made("--direction", "more-change-more-capacity")
+    assert made() == equal != weighted
+    assert "which no uneven split was seen to beat" in equal[1] and "layerprobe trial" in weighted[1]
+    assert made("--contrast", "12") == made("--tokens", "last") == weighted
+    assert made("--per-stream")[1] == weighted[1]
+    run = layerprobe_api.load(tiny_run)
+    plans = [layerprobe_api.plan(run, params=60_000, **asked) for asked in ({}, {"direction": "uniform"})]
+    assert plans[0].config() == plans[1].config()
+    # Whether a run is enough is asked of the weighted plan: equal factors never need any samples.
+    assert run.confidence(params=60_000).settled and not run.confidence(params=60_000, contrast=12).settled
+    status = layerprobe("status", tiny_run, "--preset", "60k").out
+    assert run.confidence(params=60_000, contrast=12).text() in status
+
+
 def test_blocks_that_are_frozen_and_blocks_that_are_full(layerprobe: Command, tiny_run: Path) -> None:
     options = ("--params", "200k", "--freeze", "0,4-5", "--critical", "1", "--contrast", "2")
     told = json.loads(layerprobe("lokr", tiny_run, *options, "--json").out)

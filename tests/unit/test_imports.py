@@ -37,7 +37,8 @@ KNOWS: dict[str, set[str]] = {
     "models": {*BASE, "files", "run", "probe", "training", "published"},
     "api": {*BASE, "probe", "run", "training", "analyse", "lokr", "show", "models"},
     "plugin": {*BASE, "training", "analyse", "lokr", "show", "api"},
-    "commands": {"errors", "files", "api", "lokr", "show"},  # of lokr and show a few words, see below
+    "trial": {*BASE, "files", "run", "training", "analyse", "lokr", "show", "api"},
+    "commands": {"errors", "files", "api", "trial", "lokr", "show"},  # of lokr and show a few words, see below
     "cli": {"errors", "commands"},
     "": {"api", "errors"},  # __init__.py: the names of the API, on demand
 }
@@ -57,12 +58,14 @@ FOREIGN: dict[str, set[str]] = {
     "models": set(),
     "api": {"numpy", "pandas"},
     "plugin": set(),
+    "trial": {"numpy", "PIL", "psutil"},
     "commands": set(),
     "cli": set(),
     "": set(),
 }
 HEAVY = ("torch", "simpletuner", "lycoris", "peft", "diffusers", "transformers", "matplotlib", "pandas")
-LIGHT = ("", "errors", "readings", "run", "analyse", "lokr", "show", "published", "models", "api", "commands", "cli")
+LIGHT = ("", "errors", "readings", "run", "analyse", "lokr", "show", "published", "models", "api")
+LIGHT += ("trial", "commands", "cli")
 
 
 def sources() -> dict[str, str]:

@@ -1,0 +1,45 @@
+"""`trial report`: a trial's losses, judged, and the page that shows it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from simpletuner_layerprobe.analyse.trial import Judgement, TrialFacts, judge
+from simpletuner_layerprobe.files import write_files
+from simpletuner_layerprobe.show.trial_page import trial_page
+from simpletuner_layerprobe.trial.arms import LARGER, PLAN, REFERENCE
+from simpletuner_layerprobe.trial.results import best_rates, held_out_losses, shuffles, tuning_losses
+from simpletuner_layerprobe.trial.settings import Trial
+
+PAGE_NAME = "report.html"
+
+
+def judged(trial: Trial) -> tuple[Judgement, TrialFacts]:
+    """The seeds that every arm has, judged. Raises RunError if there is none, ProbeError for too few images."""
+    losses = held_out_losses(trial)
+    judgement = judge(
+        losses.loss,
+        losses.image_P,
+        losses.sigma_P,
+        reference=REFERENCE,
+        larger=LARGER,
+        plan=PLAN,
+        shuffles=shuffles(trial),
+    )
+    facts = TrialFacts(
+        parameters=trial.parameters_of(),
+        rate=best_rates(trial),
+        tuning=tuning_losses(trial),
+        steps=trial.steps,
+        seeds=losses.seeds,
+        held_out=f"backend{'s' * (len(trial.held_out) > 1)} {', '.join(trial.held_out)}",
+        model=trial.model,
+    )
+    return judgement, facts
+
+
+def write_page(trial: Trial, judgement: Judgement, facts: TrialFacts, out: str | None) -> Path:
+    """Write the page, by default into the trial's folder."""
+    path = trial.folder / PAGE_NAME if out is None else Path(out)
+    write_files({path: trial_page(facts, judgement).encode()}, force=True)
+    return path

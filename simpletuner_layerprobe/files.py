@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import secrets
@@ -12,6 +13,7 @@ from typing import Any
 from simpletuner_layerprobe.errors import ConfigError
 
 MAX_JSON_BYTES = 32 * 1024 * 1024
+_BYTE_ORDER_MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # of UTF-32 too
 MAX_DEPTH = 50  # of lists and objects in each other
 
 
@@ -21,13 +23,18 @@ def json_bytes(value: Mapping[str, Any] | list[str]) -> bytes:
 
 
 def read_object(path: str | os.PathLike[str], what: str) -> dict[str, Any]:
-    """The JSON object in the file `path`; `what` names it in errors. Raises ConfigError if it is none."""
+    """The JSON object in the file `path`; `what` names it in errors. Raises ConfigError if it is none.
+
+    In UTF-8 without a byte order mark, as SimpleTuner and diffusers read theirs.
+    """
     try:
         with open(path, "rb") as file:
             data = file.read(MAX_JSON_BYTES + 1)
         if len(data) > MAX_JSON_BYTES:
             raise ConfigError(f"{path} takes over {MAX_JSON_BYTES} bytes; expected {what}")
-        value = json.loads(data)
+        if data.startswith(_BYTE_ORDER_MARKS):
+            raise ValueError("it starts with a byte order mark, at which SimpleTuner stops: save it as UTF-8 without")
+        value = json.loads(data.decode())
         json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is JSON, and no text
         _check_depth(value, MAX_DEPTH)
     except OSError as error:

@@ -16,10 +16,22 @@ if TYPE_CHECKING:
     from simpletuner_layerprobe.analyse.contribution import Contribution
     from simpletuner_layerprobe.lokr.aims import Aim
     from simpletuner_layerprobe.lokr.check import Check
+    from simpletuner_layerprobe.lokr.origin import Origin
     from simpletuner_layerprobe.lokr.plan import Plan
     from simpletuner_layerprobe.training.environment import Environment
 
-__all__ = ["NAMED", "Architecture", "aims", "alike", "architecture", "check_config", "environment", "plan", "programs"]
+__all__ = [
+    "NAMED",
+    "Architecture",
+    "adapter_origin",
+    "aims",
+    "alike",
+    "architecture",
+    "check_config",
+    "environment",
+    "plan",
+    "programs",
+]
 
 PathLike = str | os.PathLike[str]
 
@@ -94,6 +106,16 @@ def check_config(config: Mapping[str, Any] | PathLike, run: Run | Architecture |
     from simpletuner_layerprobe.lokr import proof
 
     return proof.check_config(config, run.manifest if isinstance(run, Run) else known_model(run))
+
+
+def adapter_origin(file: PathLike, config: Mapping[str, Any] | PathLike, run: Run | Architecture | PathLike) -> Origin:
+    """Whether an adapter file comes from a LyCORIS config: .fits, .missing, .strange, .different.
+
+    run: whose model it is, as for `check_config`. Raises ConfigError for files that are none.
+    """
+    from simpletuner_layerprobe.lokr.origin import origin
+
+    return origin(config, run.manifest if isinstance(run, Run) else known_model(run), file)
 
 
 def aims(run: Run | Architecture | PathLike) -> tuple[tuple[Aim, ...], tuple[Aim, ...]]:

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from simpletuner_layerprobe.commands.arguments import KNOWN_MODELS, Add, add_precision
 from simpletuner_layerprobe.commands.imports import light, named_model
 from simpletuner_layerprobe.commands.output import OK
 from simpletuner_layerprobe.errors import ConfigError
+
+if TYPE_CHECKING:
+    from simpletuner_layerprobe.api.plans import Architecture, Check
+    from simpletuner_layerprobe.api.run import Run
+
+MOST_SPLITS = 24
 
 
 def add_parser(add: Add) -> None:
@@ -15,7 +23,7 @@ def add_parser(add: Add) -> None:
         "check-config",
         command,
         "show what each module was meant to get from a LyCORIS config and what it gets",
-        "Exits with 1 if a module gets something else.",
+        "Exits with 1 if a module gets something else, and if nothing would learn or the training would stop.",
         "layerprobe check-config lycoris_config.json --model sd35-large --differences",
     )
     added.add_argument("config", metavar="LYCORIS_CONFIG", help="the LyCORIS config, a JSON file")
@@ -23,6 +31,11 @@ def add_parser(add: Add) -> None:
     source.add_argument("--run", metavar="RUN", help="the model is the one of this run folder")
     source.add_argument("--model", metavar="MODEL", help=KNOWN_MODELS)
     add_precision(added)
+    added.add_argument(
+        "--adapter",
+        metavar="ADAPTER",
+        help="say instead whether this file, pytorch_lora_weights.safetensors, comes from the config: module by module",
+    )
     added.add_argument("--differences", action="store_true", help="list only the modules that differ")
 
 
@@ -32,6 +45,8 @@ def command(arguments: argparse.Namespace) -> int:
     if arguments.precision is not None and arguments.model is None:
         arguments.wrong_usage("--precision goes with --model: a run has the layers that it was recorded with")
     model = load(arguments.run) if arguments.run is not None else named_model(arguments)
+    if arguments.adapter is not None:
+        return _compare_adapter(arguments, model)
     with light("lycoris", arguments):
         check = check_config(arguments.config, model)
     for row in check.rows:
@@ -39,17 +54,54 @@ def command(arguments: argparse.Namespace) -> int:
             print(f"WRONG  {row}")
         elif not arguments.differences:
             print(f"ok     {row.name}: {row.got}")
+    _print_splits(check)
     for pattern in check.unmatched:
         print(f"note   nothing in the model matches {pattern}")
     for note in check.notes:
         print(f"note   {note}")
     for reason in check.stops:
         print(f"STOPS  {reason}")
-    if not check.rows:
-        raise ConfigError(f"{arguments.config} gives no module of this model an adapter")
     print(
         f"LyCORIS {check.version}: {len(check.wrong):,} of {len(check.rows):,} modules wrong, "
         f"{check.parameters:,} trainable parameters, {check.intended_parameters:,} meant"
     )
     check.require()
     return OK
+
+
+def _print_splits(check: Check) -> None:
+    lines = check.splits
+    for line in lines[:MOST_SPLITS]:
+        print(f"split  {line}")
+    if len(lines) > MOST_SPLITS:
+        print(f"split  ... and {len(lines) - MOST_SPLITS:,} more")
+    if lines:
+        print("split  a side splits at its largest divisor up to the factor; a larger factor is fewer parameters")
+
+
+def _compare_adapter(arguments: argparse.Namespace, model: Run | Architecture) -> int:
+    from simpletuner_layerprobe.api.plans import adapter_origin
+
+    with light("lycoris", arguments):
+        made = adapter_origin(arguments.adapter, arguments.config, model)
+    for name in made.missing:
+        print(f"WRONG  {name}: not in the file")
+    for name in made.strange:
+        print(f"WRONG  {name}: in the file, and no adapter by the config")
+    for name, (meant, held) in made.different.items():
+        print(f"WRONG  {name}: {_tensors(meant)} by the config, {_tensors(held)} in the file")
+    if not arguments.differences:
+        for name in made.same:
+            print(f"ok     {name}")
+    every = len(made.same) + len(made.missing) + len(made.strange) + len(made.different)
+    print(
+        f"{len(made.same):,} of {every:,} modules the same: {len(made.missing):,} missing in the file, "
+        f"{len(made.strange):,} not in the config, {len(made.different):,} of other tensors"
+    )
+    if not made.fits:
+        raise ConfigError(f"{arguments.adapter} does not come from {arguments.config}")
+    return OK
+
+
+def _tensors(tensors: Mapping[str, tuple[int, ...]]) -> str:
+    return ", ".join(f"{name} {'x'.join(map(str, shape))}".strip() for name, shape in sorted(tensors.items()))

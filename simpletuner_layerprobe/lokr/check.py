@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from simpletuner_layerprobe.errors import ConfigError
 from simpletuner_layerprobe.lokr.adapter import Adapter
+from simpletuner_layerprobe.lokr.splits import splits
 
 if TYPE_CHECKING:
     from simpletuner_layerprobe.run.manifest import Module
@@ -72,6 +73,11 @@ class Check:
     def parameters(self) -> int:
         """Trainable numbers that LyCORIS really makes."""
         return sum(row.got.parameters for row in self.rows if row.got is not None)
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """What each LoKr factor did to weights of each shape, one line each."""
+        return splits(self.rows)
 
     def require(self) -> None:
         """Raise ConfigError, naming the first difference, unless every module gets what was meant and can train."""

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 from simpletuner_layerprobe.errors import ConfigError
 from simpletuner_layerprobe.lokr.factors import AUTO_FACTOR
 from simpletuner_layerprobe.lokr.network import BY_POSITION, fresh_wrapper
+from simpletuner_layerprobe.lokr.presets import FULL, MAPS, is_file, named_preset, written_preset
 
 if TYPE_CHECKING:
     from simpletuner_layerprobe.run.manifest import Module
 
 MAX_NUMBER = 2**63  # of a setting
 MATCH_SECONDS = 5.0  # that the regular expressions of a config may take for one model; most take a thousandth
-MAPS = ("name_algo_map", "module_algo_map")
 _LISTS = ("target_module", "target_name", "exclude_name")
 _PATTERNS = ("name_algo_map", "target_name", "exclude_name")
 
@@ -34,14 +34,24 @@ def check_form(config: Mapping[str, Any], where: str = "the config") -> None:
     if absent:
         raise ConfigError(f"{where} has no {absent[0]}; SimpleTuner stops at a LyCORIS config without it")
     for key in BY_POSITION:
-        if key in config and not _is_number(config[key]):
+        if key in config and not _is_taken(config[key]):
             raise ConfigError(f"{key} in {where} is {config[key]!r}; expected a number")
-    if not isinstance(config.get("preset", "full"), str):
+    if not isinstance(config.get("preset", FULL), str):
         raise ConfigError(f"preset in {where} is {config['preset']!r}; expected the name of a preset")
     algo = config["algo"]
     # The global algorithm may be in capitals; those of single names and classes may not.
     _check_settings({**config, "algo": algo.lower() if isinstance(algo, str) else algo}, where, wrapper)
-    preset = config.get("apply_preset")
+    _check_preset(config.get("apply_preset"), where, wrapper)
+    if is_file(config):
+        _check_preset(named_preset(config), f"preset {config['preset']}", wrapper)
+    written = written_preset(config)
+    if not written.get("use_fnmatch"):
+        for key in _PATTERNS:
+            for pattern in written.get(key, ()):
+                _check_regular_expression(pattern, f"{key} in {where}")
+
+
+def _check_preset(preset: object, where: str, wrapper: Any) -> None:
     if preset is None:
         return
     if not isinstance(preset, dict):
@@ -64,10 +74,6 @@ def check_form(config: Mapping[str, Any], where: str = "the config") -> None:
             if not isinstance(settings, dict):
                 raise ConfigError(f"{key}[{name!r}] in {where} is {settings!r}; expected an object of settings")
             _check_settings(settings, f"{key}[{name!r}] in {where}", wrapper)
-    if not preset.get("use_fnmatch"):
-        for key in _PATTERNS:
-            for pattern in preset.get(key, ()):
-                _check_regular_expression(pattern, f"{key} in {where}")
 
 
 def _check_settings(settings: Mapping[str, Any], where: str, wrapper: Any) -> None:
@@ -98,7 +104,7 @@ def check_matching_ends(config: Mapping[str, Any], modules: Sequence[Module], wh
     waits, here and in the training. With a single repetition in it none does; others are tried in a process that can
     be ended.
     """
-    preset = config.get("apply_preset") or {}
+    preset = written_preset(config)
     if preset.get("use_fnmatch"):
         return
     patterns = [pattern for key in _PATTERNS for pattern in preset.get(key, ()) if sum(map(pattern.count, "*+{?")) > 1]
@@ -130,6 +136,14 @@ for pattern in patterns:
     for name in names:
         match(name)
 """
+
+
+def _is_taken(value: Any) -> bool:
+    """Whether int() takes it, as SimpleTuner does: a text of digits too."""
+    try:
+        return abs(int(value)) < MAX_NUMBER
+    except (TypeError, ValueError, OverflowError):
+        return False
 
 
 def _is_number(value: object) -> bool:

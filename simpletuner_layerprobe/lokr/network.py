@@ -27,11 +27,31 @@ if TYPE_CHECKING:
 
 # What SimpleTuner takes out of the config and hands to `create_lycoris` by position, or keeps.
 BY_POSITION = {"multiplier": 1, "linear_dim": 4, "linear_alpha": 1}
-_KEPT = ("tlora_min_rank", "tlora_alpha")
+KEPT = ("tlora_min_rank", "tlora_alpha")
 
 
 def adapters_on(config: Mapping[str, Any], model: nn.Module) -> list[tuple[nn.Module, Adapter]]:
     """LyCORIS's adapters for this model with the module that each belongs to; none without parameters.
+
+    Raises ConfigError, with LyCORIS's own words, if it refuses.
+    """
+    algorithms = {made: algo for algo, made in reversed(fresh_wrapper().network_module_dict.items())}
+    return [
+        (lora.org_module[0], _adapter(lora, algorithms.get(type(lora), "norm"))) for lora in built_on(config, model)
+    ]
+
+
+def tensors_on(config: Mapping[str, Any], model: nn.Module) -> dict[str, tuple[nn.Module, dict[str, tuple[int, ...]]]]:
+    """What LyCORIS saves: its name of a module -> the module, and the name and shape of each tensor in the file."""
+    with _weightless():
+        return {
+            lora.lora_name: (lora.org_module[0], {key: tuple(t.shape) for key, t in lora.state_dict().items()})
+            for lora in built_on(config, model)
+        }
+
+
+def built_on(config: Mapping[str, Any], model: nn.Module) -> list[Any]:
+    """LyCORIS's own modules for this model, without those that have no parameters.
 
     Built as SimpleTuner 4.10.1's `init_trainable_peft_adapter` does. Raises ConfigError, with LyCORIS's own
     words, if it refuses.
@@ -44,7 +64,7 @@ def adapters_on(config: Mapping[str, Any], model: nn.Module) -> list[tuple[nn.Mo
     wrapper = fresh_wrapper()
     preset = rest.get("apply_preset")
     by_position = [int(rest.pop(key, default)) for key, default in BY_POSITION.items()]
-    for key in _KEPT:
+    for key in KEPT:
         rest.pop(key, None)
     try:
         with torch.device("meta"), _weightless(), silent(), _little_garbage():
@@ -56,12 +76,7 @@ def adapters_on(config: Mapping[str, Any], model: nn.Module) -> list[tuple[nn.Mo
         raise ConfigError(
             f"LyCORIS {lycoris_version()} cannot build the config: {type(error).__name__}: {said}"
         ) from error
-    algorithms = {made: algo for algo, made in reversed(wrapper.network_module_dict.items())}
-    return [
-        (lora.org_module[0], _adapter(lora, algorithms.get(type(lora), "norm")))
-        for lora in network.loras
-        if any(True for _ in lora.parameters())
-    ]
+    return [lora for lora in network.loras if any(True for _ in lora.parameters())]
 
 
 def _adapter(lora: Any, algo: str) -> Adapter:
@@ -80,6 +95,15 @@ def fresh_wrapper() -> Any:
     wrapper = importlib.util.module_from_spec(spec)
     exec(code, vars(wrapper))
     return wrapper
+
+
+def wrapper_source() -> str:
+    """The text of LyCORIS's `wrapper` module."""
+    spec, _ = _wrapper_code()
+    source = spec.loader.get_source(spec.name) if isinstance(spec.loader, InspectLoader) else None
+    if source is None:
+        raise ConfigError("LyCORIS is installed without its source; install lycoris-lora 4.1")
+    return source
 
 
 @cache

@@ -19,9 +19,11 @@ from simpletuner_layerprobe.lokr.check import Check, rows_of
 from simpletuner_layerprobe.lokr.factors import AUTO_FACTOR
 from simpletuner_layerprobe.lokr.form import check_form, check_matching_ends
 from simpletuner_layerprobe.lokr.groups import Model
-from simpletuner_layerprobe.lokr.meaning import notes_of, reading, stops_of, unmatched
+from simpletuner_layerprobe.lokr.meaning import reading
 from simpletuner_layerprobe.lokr.network import adapters_on, lycoris_version
+from simpletuner_layerprobe.lokr.notes import notes_of, unmatched
 from simpletuner_layerprobe.lokr.skeleton import skeleton
+from simpletuner_layerprobe.lokr.stops import stops_of
 
 if TYPE_CHECKING:
     from simpletuner_layerprobe.run.manifest import Module
@@ -54,7 +56,10 @@ def check_config(
     a module table, or with one that nothing can be built from.
     """
     if isinstance(config, str | os.PathLike):
-        config, where = read_object(config, "a LyCORIS config"), str(config)
+        path = config
+        config, where = read_object(path, "a LyCORIS config"), str(path)
+        made = check_config(config, model, where=where)
+        return replace(made, notes=(*_written_twice(path), *made.notes))
     if not model.modules:
         raise ConfigError("the run has no module table (it was imported without --model); name the model with --model")
     check_form(config, where)
@@ -71,6 +76,20 @@ def check_config(
     return _compare(config, intended, model)
 
 
+def _written_twice(path: str | os.PathLike[str]) -> list[str]:
+    """One line for each key that an object of the file has more than once: all but the last are lost."""
+    twice: dict[str, None] = {}
+
+    def counted(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        twice.update(dict.fromkeys(key for key in keys if keys.count(key) > 1))
+        return dict(pairs)
+
+    with open(path, encoding="utf-8") as file:
+        json.load(file, object_pairs_hook=counted)
+    return [f"{key} is written more than once; the last counts" for key in twice]
+
+
 def _compare(config: Mapping[str, Any], intended: Mapping[str, Adapter], model: Model) -> Check:
     """What LyCORIS builds, as SimpleTuner would get it, beside what was meant."""
     built = skeleton(model.modules, model.model_class)
@@ -78,7 +97,7 @@ def _compare(config: Mapping[str, Any], intended: Mapping[str, Adapter], model: 
     got = {names[id(module)]: adapter for module, adapter in adapters_on(config, built)}
     rows = rows_of(model.modules, intended, got)
     notes = notes_of(config, model, rows)
-    return Check(rows, unmatched(config, model), notes, lycoris_version(), stops=stops_of(rows))
+    return Check(rows, unmatched(config, model), notes, lycoris_version(), stops=stops_of(config, rows))
 
 
 def _alone(config: Mapping[str, Any], module: Module, settings: Mapping[str, Any]) -> Adapter | None:

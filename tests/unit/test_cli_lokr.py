@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from command_line import TINY, Result, assert_one_line, snapshot
 from failing import fails
+from safetensors.numpy import save_file
 from synthetic_run import SD35_LARGE, manifest, records, rows, sd3_modules, write_ablated_run, write_rows, write_run
 
 import simpletuner_layerprobe as layerprobe_api
@@ -567,6 +568,8 @@ def test_check_config_proves_ours_and_shows_the_leak_of_the_articles_form(
     lines = shown.out.splitlines()
     assert len([line for line in lines if line.startswith("ok     transformer_blocks.")]) == 41
     assert "0 of 41 modules wrong" in lines[-1]
+    split = [line for line in lines if line.startswith("split  ")]
+    assert split[0].startswith("split  factor 1 of ") and split[-1].endswith("a larger factor is fewer parameters")
     bad.write_text(json.dumps(as_published(json.loads(good.read_text()))))
     shown = layerprobe("check-config", bad, "--run", tiny_run, "--differences")
     assert_one_line(shown, 1, "of 41 modules otherwise than meant")
@@ -589,6 +592,38 @@ def test_a_config_that_is_none_or_of_another_model_is_one_line(
     shown = layerprobe("check-config", path, "--run", tiny_run)
     assert_one_line(shown, 1, "gives no module of this model an adapter")
     assert "note   nothing in the model matches other.0.ff*" in shown.out
+
+
+def test_what_learns_nothing_stops(layerprobe: Command, tiny_run: Path, tmp_path: Path) -> None:
+    path = tmp_path / "lycoris.json"
+    assert layerprobe("lokr", tiny_run, "--out", path).code == 0
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"multiplier": 0.8, "rank": 16}))
+    shown = layerprobe("check-config", path, "--run", tiny_run, "--differences")
+    assert_one_line(shown, 1, "multiplier 0.8 is cut to 0 by SimpleTuner, so nothing learns; write 1")
+    assert "note   rank has no effect: LyCORIS reads linear_dim there" in shown.out
+    path.write_bytes(path.read_text().encode("utf-16"))
+    shown = layerprobe("check-config", path, "--run", tiny_run)
+    assert_one_line(shown, 1, str(path), "starts with a byte order mark, at which SimpleTuner stops")
+
+
+def test_whether_an_adapter_comes_from_a_config(layerprobe: Command, tiny_run: Path, tmp_path: Path) -> None:
+    config, file = tmp_path / "lycoris.json", tmp_path / "pytorch_lora_weights.safetensors"
+    assert layerprobe("lokr", tiny_run, "--out", config).code == 0
+    check = layerprobe_api.check_config(config, layerprobe_api.load(tiny_run))
+    tensors = {
+        f"lycoris_{row.name.replace('.', '_')}.{name}": np.zeros(shape, np.float32)
+        for row in check.rows
+        for name, shape in (*row.got.tensors, ("alpha", ()))
+    }
+    save_file(tensors, file)
+    shown = layerprobe("check-config", config, "--run", tiny_run, "--adapter", file)
+    assert (shown.code, shown.err) == (0, "") and "41 of 41 modules the same: 0 missing" in shown.out
+    first = next(iter(tensors))
+    save_file({key: tensor for key, tensor in tensors.items() if key != first}, file)
+    shown = layerprobe("check-config", config, "--run", tiny_run, "--adapter", file, "--differences")
+    assert_one_line(shown, 1, f"{file} does not come from {config}")
+    assert shown.out.startswith(f"WRONG  {check.rows[0].name}: alpha, lokr_w1 ")
+    assert "40 of 41 modules the same" in shown.out
 
 
 def test_the_layers_of_a_run_are_as_they_were_recorded(layerprobe: Command, tiny_run: Path) -> None:

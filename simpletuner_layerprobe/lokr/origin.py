@@ -1,0 +1,87 @@
+"""Whether an adapter file comes from a LyCORIS config: module by module, the tensors that LyCORIS saves, by shape."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from simpletuner_layerprobe.errors import ConfigError
+from simpletuner_layerprobe.files import read_object
+from simpletuner_layerprobe.lokr.form import check_form, check_matching_ends
+from simpletuner_layerprobe.lokr.network import tensors_on
+from simpletuner_layerprobe.lokr.saved import WHAT, bare_name
+from simpletuner_layerprobe.lokr.skeleton import skeleton
+from simpletuner_layerprobe.lokr.weights import open_tensors, stored
+
+if TYPE_CHECKING:
+    from simpletuner_layerprobe.lokr.groups import Model
+
+# SimpleTuner keeps these beside a checkpoint's adapter; they are no part of it.
+_BESIDE = ("crepa_projector.", "urepa_projector.")
+Tensors = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The modules of a config and of an adapter file. missing: in the config alone; strange: in the file alone.
+
+    different: in both, with the tensors that the config makes and those that the file has.
+    """
+
+    same: tuple[str, ...]
+    missing: tuple[str, ...]
+    strange: tuple[str, ...]
+    different: Mapping[str, tuple[Tensors, Tensors]]
+
+    @property
+    def fits(self) -> bool:
+        return not (self.missing or self.strange or self.different)
+
+
+def origin(config: Mapping[str, Any] | str | os.PathLike[str], model: Model, path: str | os.PathLike[str]) -> Origin:
+    """Compare what LyCORIS builds from a config, right or wrong, with the adapter file at `path`.
+
+    Raises ConfigError for a config that is refused and for what is no safetensors file of LyCORIS's.
+    """
+    where = "the config"
+    if isinstance(config, str | os.PathLike):
+        config, where = read_object(config, "a LyCORIS config"), str(config)
+    if not model.modules:
+        raise ConfigError("the run has no module table (it was imported without --model); name the model with --model")
+    check_form(config, where)
+    check_matching_ends(config, model.modules, where)
+    built = skeleton(model.modules, model.model_class)
+    names = {id(module): name for name, module in built.named_modules()}
+    prefix = (config.get("apply_preset") or {}).get("lora_prefix", "lycoris")
+    made = {
+        bare_name(f"lycoris_{saved.removeprefix(prefix).lstrip('_')}"): (names[id(module)], tensors)
+        for saved, (module, tensors) in tensors_on(config, built).items()
+    }
+    held = _held(Path(path), prefix)
+    different = {
+        name: (tensors, held[key]) for key, (name, tensors) in made.items() if key in held and held[key] != tensors
+    }
+    return Origin(
+        same=tuple(name for key, (name, tensors) in made.items() if held.get(key) == tensors),
+        missing=tuple(name for key, (name, _) in made.items() if key not in held),
+        strange=tuple(key for key in held if key not in made),
+        different=different,
+    )
+
+
+def _held(path: Path, prefix: str) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Module, without dots, -> the tensors of the file and their shapes."""
+    file = open_tensors(path, WHAT)
+    held: dict[str, dict[str, tuple[int, ...]]] = {}
+    for key in file.keys():  # noqa: SIM118 - not a mapping
+        module, _, tensor = key.partition(".")
+        if key.startswith(_BESIDE):
+            continue
+        if module in ("transformer", "unet", "base_model", "diffusion_model"):
+            raise ConfigError(f"{path} is an adapter of PEFT's ({key}); no LyCORIS config makes one")
+        bare = module.removeprefix(f"{prefix}_") if module.startswith(f"{prefix}_") else bare_name(module)
+        held.setdefault(bare, {})[tensor] = tuple(stored(file, key).get_shape())
+    return held

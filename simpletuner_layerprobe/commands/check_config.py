@@ -54,7 +54,8 @@ def command(arguments: argparse.Namespace) -> int:
             print(f"WRONG  {row}")
         elif not arguments.differences:
             print(f"ok     {row.name}: {row.got}")
-    _print_splits(check)
+    if not arguments.differences:
+        _print_splits(check)
     for pattern in check.unmatched:
         print(f"note   nothing in the model matches {pattern}")
     for note in check.notes:

@@ -111,7 +111,7 @@ def test_what_cannot_train_exits_with_1(check):
         1,
         "note   nothing in the model matches WanAttention",
     )
-    assert nothing.stderr.endswith("gives no module of this model an adapter\n")
+    assert nothing.stderr.endswith("gives no module of this model an adapter: nothing would train\n")
     norms = check({"train_norm": True, "apply_preset": {"target_module": ["JointTransformerBlock"]}}, "--differences")
     assert norms.returncode == 1 and "STOPS  train_norm: LyCORIS takes 11 norms without a weight" in norms.stdout
     assert "0 of 54 modules wrong" in norms.stdout and norms.stderr.count("\n") == 1

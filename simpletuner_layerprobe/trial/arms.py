@@ -11,7 +11,7 @@ shuffle-1 ...    the plan's factors handed to other blocks of the same shape: th
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -169,7 +169,3 @@ def _shape(of: Plan, number: int) -> tuple[tuple[str, str, tuple[tuple[int, ...]
         for group in of.groups
         if group.number == number
     )
-
-
-def sizes(arms: Sequence[Arm]) -> Mapping[str, int]:
-    return {arm.name: arm.plan.parameters for arm in arms}

@@ -17,7 +17,7 @@ from simpletuner_layerprobe.api import load
 from simpletuner_layerprobe.errors import RunError
 from simpletuner_layerprobe.trial.arms import is_shuffle
 from simpletuner_layerprobe.trial.schedule import Training, best, finals, sweeps, swept_as
-from simpletuner_layerprobe.trial.settings import Trial
+from simpletuner_layerprobe.trial.settings import Trial, is_done
 
 if TYPE_CHECKING:
     from simpletuner_layerprobe.api.run import Run
@@ -64,7 +64,7 @@ def tuning_losses(trial: Trial) -> dict[str, dict[float, float]]:
     losses: dict[str, dict[float, float]] = {}
     for training in sweeps(trial):
         folder = training.folder(trial)
-        if training.rate is None or not (folder / "done.json").is_file():
+        if training.rate is None or not is_done(folder):
             continue
         run = held_out_run(folder / "held-out")
         image_N = run.facts["image"]
@@ -88,7 +88,7 @@ def best_rates(trial: Trial) -> dict[str, float | None]:
 
 def done_seeds(trial: Trial, trainings: Sequence[Training]) -> tuple[int, ...]:
     """The seeds that every arm has."""
-    done = {(each.arm, each.seed) for each in trainings if (each.folder(trial) / "done.json").is_file()}
+    done = {(each.arm, each.seed) for each in trainings if is_done(each.folder(trial))}
     return tuple(seed for seed in trial.seeds if all((arm.name, seed) in done for arm in trial.arms))
 
 

@@ -15,6 +15,8 @@ from simpletuner_layerprobe.files import read_object
 SCHEMA = 1
 TRIAL_NAME = "trial.json"
 ARMS, DATA, TRAININGS, BASE, PREPARED = "arms", "data", "trainings", "base", "prepared"
+DONE = "done.json"
+"""In the folder of a training that is trained and judged."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,10 @@ class Trial:
             return cls(**_typed(Path(folder), read))
         except (TypeError, ValueError, KeyError, AttributeError):
             raise ConfigError(f"{path} is damaged; make the trial anew with layerprobe trial new") from None
+
+
+def is_done(folder: Path) -> bool:
+    return (folder / DONE).is_file()
 
 
 def _typed(folder: Path, read: Mapping[str, Any]) -> dict[str, Any]:

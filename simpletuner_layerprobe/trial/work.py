@@ -23,10 +23,10 @@ from simpletuner_layerprobe.trial.make import HELD_OUT
 from simpletuner_layerprobe.trial.process import train
 from simpletuner_layerprobe.trial.results import best_rates, held_out_run, mean_loss
 from simpletuner_layerprobe.trial.schedule import Only, Training, finals, sweeps, wanted
-from simpletuner_layerprobe.trial.settings import BASE, DATA, PREPARED, Trial
+from simpletuner_layerprobe.trial.settings import BASE, DATA, DONE, PREPARED, Trial, is_done
 
 ADAPTER = "pytorch_lora_weights.safetensors"
-DONE, LOCK = "done.json", ".lock"
+LOCK = ".lock"
 WAIT_SECONDS = 5.0
 
 Say = Callable[[str], None]
@@ -34,12 +34,17 @@ Say = Callable[[str], None]
 
 @dataclass
 class Work:
-    """What one process does of a trial. say: takes a line for the user."""
+    """What one process does of a trial. say: takes a line for the user.
+
+    seconds: that its trainings took. count: of the trainings that it is to see done; before: done when it began.
+    """
 
     trial: Trial
     only: tuple[Only, ...]
     say: Say
     seconds: list[float] = field(default_factory=list)
+    count: int = 0
+    before: int = 0
 
     def run(self) -> None:
         """All that is missing. Raises ProbeError if a training fails, with its last words; what is done stays done."""
@@ -47,8 +52,8 @@ class Work:
         self._each([self.trial.folder / PREPARED], self._prepare)
         tuned = wanted(sweeps(self.trial), self.only)
         counted = wanted(finals(self.trial, dict.fromkeys(self.trial.parameters_of())), self.only)
-        self._count = len(tuned) + len(counted)
-        self._before = sum(is_done(each.folder(self.trial)) for each in (*tuned, *counted))
+        self.count = len(tuned) + len(counted)
+        self.before = sum(is_done(each.folder(self.trial)) for each in (*tuned, *counted))
         self._trainings(tuned)
         rate_of = best_rates(self.trial)
         self._trainings(wanted(finals(self.trial, rate_of), self.only))
@@ -108,13 +113,13 @@ class Work:
         self._tell(training, trained - began, mean_loss(held_out_run(folder / "held-out")))
 
     def _tell(self, training: Training, trained_seconds: float, loss: float) -> None:
-        done = self._before + len(self.seconds)
-        left = max(0, self._count - done) * sum(self.seconds) / len(self.seconds)
+        done = self.before + len(self.seconds)
+        left = max(0, self.count - done) * sum(self.seconds) / len(self.seconds)
         rate = "" if training.rate is None else f", learning rate {training.rate:g}"
         what = "sweep" if training.sweep else f"seed {training.seed}"
         after = f"; {duration(left)} left" if left else ""
         self.say(
-            f"[{done}/{self._count}] {training.arm} {what}{rate}: trained in {duration(trained_seconds)}, held-out "
+            f"[{done}/{self.count}] {training.arm} {what}{rate}: trained in {duration(trained_seconds)}, held-out "
             f"loss {loss:.4f}{after}"
         )
 
@@ -150,10 +155,6 @@ class Work:
     def _done(self, folder: Path, began: float) -> None:
         content = json.dumps({"seconds": round(time.monotonic() - began, 1)}) + "\n"
         write_files({folder / DONE: content.encode()}, force=True)
-
-
-def is_done(folder: Path) -> bool:
-    return (folder / DONE).is_file()
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from simpletuner_layerprobe.commands import (
     trial,
 )
 from simpletuner_layerprobe.commands.arguments import Parser
+from simpletuner_layerprobe.commands.output import printable
 from simpletuner_layerprobe.errors import ProbeError
 
 COMMANDS = (
@@ -70,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("layerprobe: interrupted", file=sys.stderr)
         return INTERRUPTED
-    print(f"layerprobe: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"layerprobe: error: {printable(' '.join(message.split()))}", file=sys.stderr)
     try:
         sys.stdout.flush()
     except OSError:

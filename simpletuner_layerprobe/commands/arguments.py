@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn, Protocol
 
+from simpletuner_layerprobe.commands.output import printable
 from simpletuner_layerprobe.errors import ProbeError
 from simpletuner_layerprobe.lokr.amounts import amount, preset_parameters
 
@@ -31,7 +32,7 @@ class Parser(argparse.ArgumentParser):
     """A parser whose usage errors are one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(USAGE, f"layerprobe: error: {' '.join(message.split())} (see {self.prog} --help)\n")
+        self.exit(USAGE, f"layerprobe: error: {printable(' '.join(message.split()))} (see {self.prog} --help)\n")
 
 
 def add_run(added: argparse.ArgumentParser) -> None:

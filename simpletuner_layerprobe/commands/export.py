@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from simpletuner_layerprobe.commands.arguments import Add, add_run, add_tokens
-from simpletuner_layerprobe.commands.output import OK, warn
+from simpletuner_layerprobe.commands.output import OK, say, warn
 from simpletuner_layerprobe.show.words import counted
 
 
@@ -39,5 +39,5 @@ def command(arguments: argparse.Namespace) -> int:
     written, skipped = export(run, arguments.file, tokens=arguments.tokens, facts=arguments.facts)
     if skipped:
         warn(f"{counted(skipped, 'sample')} left out: a record cannot hold distances that are not finite")
-    print(f"{counted(written, 'sample')} written to {arguments.file}")
+    say(f"{counted(written, 'sample')} written to {arguments.file}")
     return OK

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from simpletuner_layerprobe.commands.arguments import Add, add_bins, add_run, add_tokens
-from simpletuner_layerprobe.commands.output import OK, warn, warn_of_samples
+from simpletuner_layerprobe.commands.output import OK, sample_warnings, say, warn
 from simpletuner_layerprobe.files import write_files
 
 ANGLE, PAIRS = "angle", "pairs"
@@ -52,10 +52,8 @@ def command(arguments: argparse.Namespace) -> int:
         reading = arguments.reading if arguments.reading in ABLATIONS else f"{arguments.reading}_{reading}"
         files = reading_figure(run, reading, **look)
     write_files({Path(arguments.out) / name: data for name, data in files.items()}, force=True)
-    if arguments.reading != PAIRS:
-        warn_of_samples(run, reading, arguments.bins)
-    if problem:
-        warn(f"not every figure can be drawn: {problem}")
+    warnings = [] if arguments.reading == PAIRS else [*sample_warnings(run, reading, arguments.bins)]
+    warn(*warnings, *([f"not every figure can be drawn: {problem}"] if problem else []))
     for name in files:
-        print(os.path.join(arguments.out, name))
+        say(os.path.join(arguments.out, name))
     return OK

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from simpletuner_layerprobe.commands.arguments import Add, add_bins, add_preset, add_run, add_tokens
-from simpletuner_layerprobe.commands.output import OK
+from simpletuner_layerprobe.commands.output import OK, sample_warnings, say, warn
 from simpletuner_layerprobe.errors import ConfigError
 from simpletuner_layerprobe.files import write_files
 
@@ -36,5 +36,6 @@ def command(arguments: argparse.Namespace) -> int:
     page = report(run, arguments.tokens, bins=arguments.bins, preset=arguments.preset)
     out = Path(arguments.out) if arguments.out is not None else run.path / "report.html"
     write_files({out: page.encode()}, force=True)
-    print(out)
+    warn(*sample_warnings(run, arguments.tokens, arguments.bins))
+    say(str(out))
     return OK

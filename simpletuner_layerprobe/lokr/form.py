@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 MAX_NUMBER = 2**63  # of a setting
 MATCH_SECONDS = 5.0  # that the regular expressions of a config may take for one model; most take a thousandth
-MAX_MATCHES = 2_500_000  # names in a config times modules: some ten seconds; a name per module of SD3.5 Large is 0.3M
+MAX_MATCHES = 2_000_000  # names in a config times modules: some seconds; a name per module of SD3.5 Large is 0.3M
 _LISTS = ("target_module", "target_name", "exclude_name")
 _PATTERNS = ("name_algo_map", "target_name", "exclude_name")
 

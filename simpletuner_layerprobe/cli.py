@@ -31,9 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         code = _say("interrupted", INTERRUPTED)
     if code == INTERRUPTED:
-        import signal
-
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # another Ctrl-C has nothing left to end but the interpreter's end
+        os._exit(code)  # where C code met the KeyboardInterrupt, Python would now end by the signal itself
     return code
 
 

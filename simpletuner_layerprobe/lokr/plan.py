@@ -192,7 +192,7 @@ class Plan:
 
     def write(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
         """Write the LyCORIS config, complete or not at all. Raises ConfigError if the file exists, unless `force`,
-        and where no file may be written (docs/api.md)."""
+        and where nothing is ever written (docs/run-folder.md)."""
         write_files({Path(path): json_bytes(self.config())}, force=force)
 
     def files(self) -> dict[str, bytes]:

@@ -128,7 +128,9 @@ def _look(trainer: Any, base: Base, verdicts: Verdicts) -> Verdict:
         names = {id(module): name for name, module in named_modules(denoiser)}
         network = trainer.accelerator._lycoris_wrapped_network
         loras = {names[id(lora.org_module[0])]: lora for lora in network.loras}
-        return verdicts.lycoris_verdict(written, str(config.lycoris_config), base, loras)
+        where = Path(config.lycoris_config)
+        short = where.relative_to(Path.cwd()) if where.is_relative_to(Path.cwd()) else where
+        return verdicts.lycoris_verdict(written, str(short), base, loras)
     layers: dict[str, Any] = {name: layer for name, layer in named_modules(denoiser) if ADAPTER in _ranks(layer)}
     parameters = sum(weight.numel() for weight in denoiser.parameters() if weight.requires_grad)
     targets = trainer.model.lora_config.target_modules if getattr(config, "peft_lora_target_modules", None) else ()

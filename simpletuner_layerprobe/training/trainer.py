@@ -101,6 +101,7 @@ def one_line_errors(original: Any) -> Any:
     def excepthook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
         if isinstance(error, ProbeError):
             print(f"layerprobe: error: {error}", file=sys.stderr, flush=True)
+            signals.refused()
         else:
             original(kind, error, trace)
 

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn, Protocol
 
-from simpletuner_layerprobe.commands.output import printable
 from simpletuner_layerprobe.errors import ProbeError
 from simpletuner_layerprobe.lokr.amounts import amount, preset_parameters
+from simpletuner_layerprobe.printable import printable
 
 USAGE = 2
 MAX_BINS = 1000
@@ -37,6 +37,13 @@ class Parser(argparse.ArgumentParser):
 
 def add_run(added: argparse.ArgumentParser) -> None:
     added.add_argument("run", metavar="RUN", help="run folder, or a file of the article's records")
+
+
+def add_force(added: argparse.ArgumentParser, what: str = "a file") -> None:
+    """For every command that writes files; what: that it may find in its way."""
+    added.add_argument(
+        "--force", action="store_true", help=f"overwrite {what} that exists and does not say that layerprobe made it"
+    )
 
 
 def add_bins(added: argparse.ArgumentParser) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from simpletuner_layerprobe.commands.arguments import (
     KNOWN_MODELS,
     Add,
+    add_force,
     add_precision,
     add_tokens,
     budget,
@@ -20,7 +21,7 @@ from simpletuner_layerprobe.commands.imports import light, named_model
 from simpletuner_layerprobe.commands.lokr_output import Frozen, as_json, print_factors, print_plan
 from simpletuner_layerprobe.commands.output import OK, print_json, sample_warnings, say, warn
 from simpletuner_layerprobe.errors import ConfigError
-from simpletuner_layerprobe.files import require_free
+from simpletuner_layerprobe.targets import CONFIG, require_file
 
 if TYPE_CHECKING:
     from simpletuner_layerprobe.api.pages import Architecture, Plan, Run
@@ -137,7 +138,7 @@ def add_parser(add: Add) -> None:
         action="store_true",
         help=f"write also a plan that misses the budget by more than {FAR_FROM_BUDGET:.1%}%: the closest there is",
     )
-    added.add_argument("--force", action="store_true", help="overwrite files that exist")
+    add_force(added, "a config")
     added.add_argument(
         "--json", action="store_true", help="print one JSON object, with the config, in place of the table"
     )
@@ -162,6 +163,7 @@ def command(arguments: argparse.Namespace) -> int:
         arguments.wrong_usage("--by ablation and --freeze least:N go by what was measured: give RUN")
     if arguments.by == ABLATION and arguments.tokens is not None:
         arguments.wrong_usage("--tokens chooses between readings of the angle: leave it out with --by ablation")
+    _require_target(arguments)
     reading = ABLATION if arguments.by == ABLATION else arguments.tokens
     model = None if arguments.model is None else named_model(arguments)
     run = None if arguments.run is None else load(arguments.run, model=model)
@@ -191,6 +193,7 @@ def command(arguments: argparse.Namespace) -> int:
         agreement = sure.least_agreement(least) if sure is not None and least else None
         frozen = Frozen(freeze, least, agreement, *_saved(of, made, reading=reading, **options))
     written, following = _write(arguments, run, made)
+    arguments.written = written
     warn(*_warnings(arguments, run, made, reading))
     if arguments.json:
         print_json(as_json(arguments, run, made, sure, rows, frozen, written))
@@ -260,6 +263,16 @@ def _saved(of: Run | Architecture, made: Plan, **options: Any) -> tuple[int | No
     return len(whole.intended) - len(made.intended), whole.parameters
 
 
+def _require_target(arguments: argparse.Namespace) -> None:
+    """Raise ConfigError, before any work is done, if what --out or --env name may not be written."""
+    from simpletuner_layerprobe.api.plans import free_environment
+
+    if arguments.out is not None:
+        require_file(arguments.out, CONFIG, force=arguments.force)
+    if arguments.env is not None:
+        free_environment(arguments.env, force=arguments.force)
+
+
 def _write(
     arguments: argparse.Namespace, run: Run | None, made: Plan, *, dry_run: bool = False
 ) -> tuple[list[str], str]:
@@ -273,7 +286,6 @@ def _write(
         trained = environment(arguments.env, run, made, force=arguments.force, dry_run=dry_run)
         return [str(path) for path in trained.written], f"next: simpletuner train env={trained.name}"
     if arguments.out is not None:
-        require_free([arguments.out], force=arguments.force)
         if not dry_run:
             made.write(arguments.out, force=arguments.force)
         return [arguments.out], (

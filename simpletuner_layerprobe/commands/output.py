@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from simpletuner_layerprobe.printable import printable
 from simpletuner_layerprobe.show.words import stream_text
 
 if TYPE_CHECKING:
@@ -33,13 +34,8 @@ def quiet() -> Iterator[None]:
         logging.disable(level)
 
 
-def printable(text: str) -> str:
-    """The text on one line, with what a terminal would act on (controls, newlines, bidi overrides) escaped."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
-
-
 def say(line: str = "", *, flush: bool = False) -> None:
-    """Print one line. All that commands print goes through here: names in a run or a file may be anything."""
+    """Print one line. All that commands print goes through here, and is escaped."""
     print(printable(line), flush=flush)
 
 

@@ -7,7 +7,7 @@ import math
 import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from simpletuner_layerprobe.errors import ConfigError
@@ -22,6 +22,16 @@ if TYPE_CHECKING:
 MAX_NUMBER = 2**63  # of a setting
 MATCH_SECONDS = 5.0  # that the regular expressions of a config may take for one model; most take a thousandth
 MAX_MATCHES = 2_000_000  # names in a config times modules: some seconds; a name per module of SD3.5 Large is 0.3M
+_NUMBERS: dict[str, Callable[[Any], Any]] = {
+    "conv_dim": int,
+    "conv_alpha": float,
+    "dropout": float,
+    "rank_dropout": float,
+    "module_dropout": float,
+    "block_size": int,
+    "constraint": float,
+}
+"""Keys of which LyCORIS makes a number."""
 _LISTS = ("target_module", "target_name", "exclude_name")
 _PATTERNS = ("name_algo_map", "target_name", "exclude_name")
 
@@ -39,6 +49,11 @@ def check_form(config: Mapping[str, Any], where: str = "the config") -> None:
     for key in BY_POSITION:
         if key in config and not _is_taken(config[key]):
             raise ConfigError(f"{key} in {where} is {config[key]!r}; expected a number")
+    for key, convert in _NUMBERS.items():
+        try:
+            convert(config.get(key) or 0)  # as LyCORIS does, which would not name the key
+        except (TypeError, ValueError, OverflowError):
+            raise ConfigError(f"{key} in {where} is {config[key]!r}; expected a number") from None
     if not isinstance(config.get("preset", FULL), str):
         raise ConfigError(f"preset in {where} is {config['preset']!r}; expected the name of a preset")
     algo = config["algo"]

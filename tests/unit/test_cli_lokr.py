@@ -199,7 +199,7 @@ def test_a_run_that_does_not_know_its_model_cannot_be_planned(layerprobe: Comman
     assert (shown.code, shown.err) == (0, "")
     assert [line.split()[6] for line in lines[1:7]] == [str(factor) for factor in factors]
     assert lines[-1].startswith("not verified, parameters unknown: the run has no module table;")
-    for arguments in (("--json",), ("--freeze", "1"), ("--algo", "loha"), ("--rank", "8"), ("--params", "1M")):
+    for arguments in (("--json",), ("--freeze", "1"), ("--algo", "loha"), ("--params", "1M")):
         assert_one_line(layerprobe("lokr", run, *arguments), 1, "no module table", "--model")
     known = write_run(tmp_path / "known", TINY, 100, modules=sd3_modules(6)).path
     assert_one_line(layerprobe("lokr", known, "--env", "weighted"), 1, "config.json does not exist", "--out")

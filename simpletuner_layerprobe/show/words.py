@@ -37,6 +37,18 @@ def block_range(numbers: Sequence[int]) -> str:
     return f"block {numbers[0]}" if len(numbers) == 1 else f"blocks {numbers[0]} to {numbers[-1]}"
 
 
+def blocks_text(numbers: Sequence[int]) -> str:
+    """ "block 3", "blocks 0, 3 to 5 and 9"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    parts = [f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs]
+    return f"block{'s' * (len(numbers) > 1)} {listed([part for text in parts for part in text.split(', ')])}"
+
+
 def capital(text: str) -> str:
     """With a capital letter, for a sentence of its own."""
     return text[:1].upper() + text[1:]

@@ -19,7 +19,12 @@ def test_simpletuner_trains_the_ranks_that_were_planned(simpletuner, tiny, monke
     result = simpletuner.run(folder, "tiny-probe")
     assert result.code == 0, result.log[-3000:]
     monkeypatch.chdir(folder)
-    assert main(["lokr", str(RUN), "--algo", "lora", "--rank", "12", "--env", "tiny-lora", "--json"]) == 0
+    assert (
+        main(
+            ["lokr", str(RUN), "--preset", "article", "--algo", "lora", "--rank", "12", "--env", "tiny-lora", "--json"]
+        )
+        == 0
+    )
     planned = json.loads(capsys.readouterr().out)
     targets = json.loads((folder / "config" / "tiny-lora" / "lora_target_modules.json").read_text())
     result = simpletuner.run(folder, "tiny-lora", log="lora.txt")

@@ -118,7 +118,7 @@ def run_commands(run: Path, out: Path) -> list[tuple[object, ...]]:
         ("heatmap", run, "--out", out),
         ("findings", run),
         ("report", run, "--out", out),
-        ("lokr", run, "--out", out),
+        ("lokr", run, "--preset", "article", "--out", out),
         ("compare", run, run, "--out", out),
         ("export", run, out),
     ]

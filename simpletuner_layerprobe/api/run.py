@@ -98,9 +98,7 @@ class Run:
     @property
     def counted(self) -> str:
         """ "2,000 samples of 60 images"."""
-        from simpletuner_layerprobe.show.words import samples_text
-
-        return samples_text(self.samples, self.images)
+        return self.data.counted
 
     @property
     def sigma(self) -> NDArray[np.float64]:

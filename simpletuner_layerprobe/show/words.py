@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from simpletuner_layerprobe.counts import counted as counted
+from simpletuner_layerprobe.counts import samples_text as samples_text
 from simpletuner_layerprobe.readings import WHOLE
 
 if TYPE_CHECKING:
@@ -15,16 +17,6 @@ if TYPE_CHECKING:
 def model_name(manifest: Manifest) -> str:
     """SimpleTuner's names of the model, such as "sd3 large"; else its class, "" if nothing is known."""
     return " ".join(part for part in (manifest.family, manifest.flavour) if part) or manifest.model_class
-
-
-def counted(count: int, noun: str) -> str:
-    """ "1 block", "1,455 blocks"."""
-    return f"{count:,} {noun}{'s' * (count != 1)}"
-
-
-def samples_text(samples: int, images: int | None) -> str:
-    """ "2,000 samples of 60 images"; without the images where they are not known."""
-    return counted(samples, "sample") + (f" of {counted(images, 'image')}" if images is not None else "")
 
 
 def listed(names: Sequence[str]) -> str:

@@ -47,7 +47,10 @@ def lora_targets(config: Any, model: Any) -> list[str] | None:
     """The names that PEFT's LoRA looks for at the end of modules' names, by SimpleTuner's model; None if unknown."""
     if config.model_type != "lora" or str(config.lora_type).lower() != "standard":
         return None
-    targets = model.get_lora_target_layers()
+    try:
+        targets = model.get_lora_target_layers()
+    except (AttributeError, NotImplementedError, ValueError):  # which stops a training, and no probe
+        return None
     return [str(target) for target in targets] if isinstance(targets, list | tuple) else None
 
 

@@ -113,7 +113,7 @@ class Session:
         self.stop = Stop()
         self.recorder: Recorder | None = None
         before = self._before()
-        self.goal = Goal(settings.samples, recorded=before.samples if before else 0)
+        self.goal = Goal(settings.samples, before.samples, before.counted) if before else Goal(settings.samples, 0)
         self._watchers = watchers if self.goal.rank == 0 else ()
         files = before.files if before else ()
         self._number = sum(file.samples for file in files if file.rank == self.goal.rank)
@@ -325,8 +325,8 @@ class Session:
                 "status, left out of every mean",
                 flush=True,
             )
-        total = load_run(self.settings.directory).samples
-        self.last_line.recorded(total - self.goal.recorded, total, time.monotonic() - self._started)
+        run = load_run(self.settings.directory)
+        self.last_line.recorded(run.samples - self.goal.recorded, run.counted, time.monotonic() - self._started)
 
     def start_text(self, device: str) -> str:
         """What the user is told at the start."""

@@ -18,6 +18,8 @@ from simpletuner_layerprobe.files import json_bytes, read_object, require_free, 
 OPTIONS_NAME = "config.json"
 DEFAULT_OUTPUT_PARENT = "output"
 PROGRAM_OPTIONS = ("post_checkpoint_script", "post_upload_script", "validation_external_script", "disk_low_script")
+GUARD = "layerprobe_guard"
+"""The one option of this package that a training has."""
 
 # SimpleTuner looks for an environment in config/NAME, but takes a name with a dot in it for a file and
 # "default" for config/config.json itself.
@@ -72,10 +74,10 @@ def environment(
 ) -> Environment:
     """Write CONFIG_DIR/NAME: config.json, the probe's with the options that train the plan, and the plan's files.
 
-    options: the probe run's own (`read_options`), keys with or without leading dashes. Every layerprobe option and
-    those that start programs go; those of the plan and output_dir (beside the probe's, called NAME) are set; all else
-    stays. All files are written or none. dry_run: write nothing. Raises ConfigError for a name that SimpleTuner does
-    not find, for files that exist (unless `force`), and if the output_dir would be the probe's own.
+    options: the probe run's own (`read_options`), keys with or without leading dashes. Those of the probe and those that
+    start programs go; those of the plan and output_dir (beside the probe's, called NAME) are set; all else stays. All
+    files are written or none. dry_run: write nothing. Raises ConfigError for a name that SimpleTuner does not find, for
+    files that exist (unless `force`), and if the output_dir would be the probe's own.
     """
     folder = _free_folder(name, config_dir, force)
     output_dir = _sibling_output_dir(options, name)
@@ -129,12 +131,12 @@ def option(options: Mapping[str, Any], name: str) -> Any:
 
 
 def changed_options(options: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """The options without layerprobe's, and with `own` in the place and spelling that the user gave them; None goes."""
+    """The options without the probe's, and with `own` in the place and spelling that the user gave them; None goes."""
     written: dict[str, Any] = {}
     left = dict(own)
     for key, value in options.items():
         bare = _bare(key)
-        if bare.startswith("layerprobe") or bare in PROGRAM_OPTIONS:
+        if (bare.startswith("layerprobe") and bare != GUARD) or bare in PROGRAM_OPTIONS:
             continue
         if bare not in own:
             written[key] = value

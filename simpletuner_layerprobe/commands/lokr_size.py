@@ -120,7 +120,8 @@ def other_lines(other: Other | None) -> Iterator[str]:
     ratio = {number: max(pair) / max(1, min(pair)) for number, pair in other.blocks.items()}
     most = max(ratio, key=lambda number: ratio[number])
     here, there = other.blocks[most]
-    yield f"reading  {text}{whom} would get others, most block {most}: {there:,} parameters for {here:,}"
+    what = "" if len(other.blocks) == 1 else f"others, most block {most}: "
+    yield f"reading  {text}{whom} would get {what}{there:,} parameters for {here:,}"
 
 
 def other_json(other: Other | None) -> dict[str, Any]:

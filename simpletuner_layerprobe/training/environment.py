@@ -74,10 +74,10 @@ def environment(
 ) -> Environment:
     """Write CONFIG_DIR/NAME: config.json, the probe's with the options that train the plan, and the plan's files.
 
-    options: the probe run's own (`read_options`), keys with or without leading dashes. Those of the probe and those that
-    start programs go; those of the plan and output_dir (beside the probe's, called NAME) are set; all else stays. All
-    files are written or none. dry_run: write nothing. Raises ConfigError for a name that SimpleTuner does not find, for
-    files that exist (unless `force`), and if the output_dir would be the probe's own.
+    options: the probe run's own (`read_options`), keys with or without leading dashes. Those of the probe and those
+    that start programs go; those of the plan and output_dir (beside the probe's, called NAME) are set; all else
+    stays. All files are written or none. dry_run: write nothing. Raises ConfigError for a name that SimpleTuner does
+    not find, for files that exist (unless `force`), and if the output_dir would be the probe's own.
     """
     folder = _free_folder(name, config_dir, force)
     output_dir = _sibling_output_dir(options, name)

@@ -267,7 +267,7 @@ def test_with_a_budget_a_critical_block_is_raised_in_its_stream_alone(layerprobe
 def test_the_default_is_as_large_as_simpletuners_documented_config(
     tmp_path: Path, name: str, blocks: dict[str, tuple[str, ...]], own: int
 ) -> None:
-    """By diffusers' classes here; FLUX.1 dev's attention has another name in SimpleTuner, where it counts 54,705,408."""
+    """By diffusers' classes; FLUX.1 dev's attention has another name in SimpleTuner, where it counts 54,705,408."""
     from simpletuner_layerprobe.models import architecture
 
     model = architecture(name)

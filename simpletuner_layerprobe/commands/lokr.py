@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from simpletuner_layerprobe.commands.arguments import (
     KNOWN_MODELS,
     Add,
+    add_force,
     add_precision,
     add_tokens,
     budget,
@@ -21,7 +22,7 @@ from simpletuner_layerprobe.commands.lokr_output import Frozen, as_json, print_p
 from simpletuner_layerprobe.commands.lokr_size import MANY_TIMES, Size, other_json, other_lines, other_reading
 from simpletuner_layerprobe.commands.output import OK, print_json, warn, warn_of_samples
 from simpletuner_layerprobe.errors import ConfigError
-from simpletuner_layerprobe.files import require_free
+from simpletuner_layerprobe.targets import CONFIG, require_file
 
 if TYPE_CHECKING:
     from simpletuner_layerprobe.api.pages import Architecture, Plan, Run
@@ -133,7 +134,7 @@ def add_parser(add: Add) -> None:
         help="write the SimpleTuner environment config/NAME: its config.json, from the probe run's own, and its "
         "lycoris_config.json",
     )
-    added.add_argument("--force", action="store_true", help="overwrite files that exist")
+    add_force(added, "a config")
     added.add_argument(
         "--json", action="store_true", help="print one JSON object, with the config, in place of the table"
     )
@@ -158,6 +159,7 @@ def command(arguments: argparse.Namespace) -> int:
         arguments.wrong_usage("--by ablation and --freeze least:N go by what was measured: give RUN")
     if arguments.by == ABLATION and arguments.tokens is not None:
         arguments.wrong_usage("--tokens chooses between readings of the angle: leave it out with --by ablation")
+    _require_target(arguments)
     reading = ABLATION if arguments.by == ABLATION else arguments.tokens
     model = None if arguments.model is None else named_model(arguments)
     run = None if arguments.run is None else load(arguments.run, model=model)
@@ -174,11 +176,13 @@ def command(arguments: argparse.Namespace) -> int:
         size = Size.of(made)
     sure = None if run is None else run.confidence(reading=reading, freeze=freeze, **options)
     rows = block_rows(of, made, sure, reading=reading, freeze=freeze, **options)
+    other = None if run is None else other_reading(run, reading, freeze=freeze, **options)
     frozen = None
     if freeze:
         agreement = sure.least_agreement(least) if sure is not None and least else None
         frozen = Frozen(freeze, least, agreement, *_saved(of, made, reading=reading, **options))
     written, following = _write(arguments, run, made)
+    arguments.written = written
     if run is not None:
         warn_of_samples(run, going_by, BINS)
         for name in run.contribution(going_by).dropped:
@@ -190,7 +194,6 @@ def command(arguments: argparse.Namespace) -> int:
             f"the config has {size.times:.1f} times the parameters that your own config trains; at its size: "
             f"{_at_own_size(arguments)}"
         )
-    other = None if run is None else other_reading(run, reading, freeze=freeze, **options)
     if arguments.json:
         print_json(as_json(arguments, run, made, sure, rows, frozen, written) | size.as_json() | other_json(other))
         return OK
@@ -227,6 +230,7 @@ def _at_own_size(arguments: argparse.Namespace) -> str:
     """The same command at the size of the run's own config; what weighs the blocks goes on doing so."""
     weighs = arguments.preset or any((arguments.direction, arguments.contrast, arguments.per_stream, arguments.tokens))
     options = [f"--by {arguments.by}"] if arguments.by != ANGLE else []
+    options += [f"--tokens {arguments.tokens}"] if arguments.tokens else []
     options += [f"--direction {arguments.direction or DIRECTIONS[0]}"] if weighs else []
     options += [f"--env {shlex.quote(arguments.env)}"] if arguments.env else []
     return " ".join(["layerprobe lokr", shlex.quote(arguments.run), *options])
@@ -246,6 +250,16 @@ def _saved(of: Run | Architecture, made: Plan, **options: Any) -> tuple[int | No
     return len(whole.intended) - len(made.intended), whole.parameters
 
 
+def _require_target(arguments: argparse.Namespace) -> None:
+    """Raise ConfigError, before any work is done, if what --out or --env name may not be written."""
+    from simpletuner_layerprobe.api.plans import free_environment
+
+    if arguments.out is not None:
+        require_file(arguments.out, CONFIG, force=arguments.force)
+    if arguments.env is not None:
+        free_environment(arguments.env, force=arguments.force)
+
+
 def _write(
     arguments: argparse.Namespace, run: Run | None, made: Plan, *, dry_run: bool = False
 ) -> tuple[list[str], str]:
@@ -261,7 +275,6 @@ def _write(
             warn(f"{name} starts a program and is left out of the new config; add it there yourself if it is yours")
         return [str(path) for path in trained.written], f"next: simpletuner train env={trained.name}"
     if arguments.out is not None:
-        require_free([arguments.out], force=arguments.force)
         if not dry_run:
             made.write(arguments.out, force=arguments.force)
         return [arguments.out], (

@@ -120,7 +120,7 @@ def run_commands(run: Path, out: Path) -> list[tuple[object, ...]]:
         ("heatmap", run, "--out", out),
         ("findings", run),
         ("report", run, "--out", f"{out}.html"),
-        ("lokr", run, "--out", f"{out}.json"),
+        ("lokr", run, "--preset", "article", "--out", f"{out}.json"),
         ("compare", run, run, "--out", f"{out}.html"),
         ("export", run, f"{out}.jsonl"),
     ]

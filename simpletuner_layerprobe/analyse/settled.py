@@ -120,16 +120,19 @@ def interval(
 def times_to_settle(bootstrap: Bootstrap, decide: Decide, share: float = SHARE) -> int | None:
     """How many times the images (samples, where these are the unit) would settle everything: 1, or one of TIMES.
 
-    None if the most would not. It draws the replicates in towards the means, as more images with as many samples each
-    would, and takes the means for the truth: a rough number. More samples of the same images would not do it.
+    None if the most would not, or if there is not enough to judge by. It draws the replicates in towards the means, as
+    more images with as many samples each would, and takes the means for the truth: a rough number. More samples of the
+    same images would not do it.
     """
+    if not bootstrap.enough:
+        return None
     _, factor_1K = decide({name: mean_TL[None] for name, mean_TL in bootstrap.mean_TL.items()})
 
     def settled(times: int) -> bool:
         _, factor_RK = decide(bootstrap.replicates(times))
         return bool(((factor_RK == factor_1K).mean(axis=0) >= share).all())
 
-    if bootstrap.enough and settled(1):
+    if settled(1):
         return 1
     if not settled(TIMES[-1]):
         return None
@@ -160,7 +163,7 @@ def article_decide(
     number_L = {name: [names.index(block) for block in blocks[name]] for name in blocks}
 
     def decide(mean_RTL: Mapping[str, NDArray[np.float64]]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        value_RL = article_values(mean_RTL, blocks, **weighting)
+        value_RL = article_values(mean_RTL, blocks, by_own=False, **weighting)
         factor_RL = factors(value_RL.ravel()).reshape(value_RL.shape)
         critical_RL = np.zeros(value_RL.shape, dtype=bool)
         if critical is not None:

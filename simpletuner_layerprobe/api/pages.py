@@ -36,12 +36,12 @@ def block_rows(
     both were made with.
     """
     if isinstance(run, Run):
-        contribution = run.contribution(reading, bins, **options.get("weighting", {}))
+        contribution = run.plan_contribution(reading, bins, **options)
         decided = run.decided(reading=reading, bins=bins, **options)
     else:
         contribution, decided = alike(run), ()
     return tuple(
-        _block_row(number, contribution, plan, sure, decided, options.get("critical", "auto"))
+        _block_row(number, contribution, plan, sure, decided, options.get("critical"))
         for number in range(len(contribution.blocks))
     )
 
@@ -52,7 +52,7 @@ def _block_row(
     plan: Plan | None,
     sure: Confidence | None,
     decided: Sequence[tuple[int, str]],
-    critical: str | tuple[int, ...],
+    critical: str | tuple[int, ...] | None,
 ) -> BlockRow:
     numbers, groups = _numbers(number, plan, sure)
     agreement, unsettled = {}, []
@@ -61,11 +61,11 @@ def _block_row(
             name = kind or next(iter(numbers))
             agreement[name] = float(sure.agreement_K[place])
             unsettled += [] if sure.settled_K[place] else [name]
-    if isinstance(critical, str):
-        by_recipe = plan is None or plan.budget is None
-        where = [name for name, those in contribution.critical.items() if by_recipe and number in those]
-    else:
+    if isinstance(critical, tuple):
         where = [""] if number in critical else []
+    else:
+        looked_for = critical is not None or plan is None or plan.budget is None
+        where = [name for name, those in contribution.critical.items() if looked_for and number in those]
     return BlockRow(
         number=number,
         block=contribution.blocks[number],
@@ -111,6 +111,13 @@ def figures(
         return factor_L
 
     return article_files(run.heatmaps(reading, bins), factors, **_look(run, file_format))
+
+
+def figure_names(kind: str = "", file_format: str = "png") -> list[str]:
+    """The names of what `figures` can give, or with a kind ("update_norm", "pairs", "ablation") `reading_figure`."""
+    from simpletuner_layerprobe.show.files import article_names, reading_names
+
+    return reading_names(kind, file_format) if kind else article_names(file_format)
 
 
 def reading_figure(run: Run, reading: str, bins: int = 10, file_format: str = "png") -> dict[str, bytes]:

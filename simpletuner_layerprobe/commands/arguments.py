@@ -10,6 +10,7 @@ from typing import NoReturn, Protocol
 
 from simpletuner_layerprobe.errors import ProbeError
 from simpletuner_layerprobe.lokr.amounts import amount, preset_parameters
+from simpletuner_layerprobe.printable import printable
 
 USAGE = 2
 MAX_BINS = 1000
@@ -31,11 +32,18 @@ class Parser(argparse.ArgumentParser):
     """A parser whose usage errors are one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(USAGE, f"layerprobe: error: {' '.join(message.split())} (see {self.prog} --help)\n")
+        self.exit(USAGE, f"layerprobe: error: {printable(' '.join(message.split()))} (see {self.prog} --help)\n")
 
 
 def add_run(added: argparse.ArgumentParser) -> None:
     added.add_argument("run", metavar="RUN", help="run folder, or a file of the article's records")
+
+
+def add_force(added: argparse.ArgumentParser, what: str = "a file") -> None:
+    """For every command that writes files; what: that it may find in its way."""
+    added.add_argument(
+        "--force", action="store_true", help=f"overwrite {what} that exists and does not say that layerprobe made it"
+    )
 
 
 def add_bins(added: argparse.ArgumentParser) -> None:

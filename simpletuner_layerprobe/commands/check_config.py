@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 from simpletuner_layerprobe.commands.arguments import KNOWN_MODELS, Add, add_precision
 from simpletuner_layerprobe.commands.imports import light, named_model
-from simpletuner_layerprobe.commands.output import OK
+from simpletuner_layerprobe.commands.output import OK, say
 from simpletuner_layerprobe.errors import ConfigError
 
 if TYPE_CHECKING:
     from simpletuner_layerprobe.api.plans import Architecture, Check
     from simpletuner_layerprobe.api.run import Run
 
-MOST_SPLITS = 24
+MOST_ALIKE = 24
 
 
 def add_parser(add: Add) -> None:
@@ -51,18 +51,25 @@ def command(arguments: argparse.Namespace) -> int:
         check = check_config(arguments.config, model)
     for row in check.rows:
         if not row.ok:
-            print(f"WRONG  {row}")
+            say(f"WRONG  {row}")
         elif not arguments.differences:
-            print(f"ok     {row.name}: {row.got}")
+            say(f"ok     {row.name}: {row.got}")
     if not arguments.differences:
         _print_splits(check)
-    for pattern in check.unmatched:
-        print(f"note   nothing in the model matches {pattern}")
+    for pattern in check.unmatched[:MOST_ALIKE]:
+        say(f"note   nothing in the model matches {pattern}")
+    if len(check.unmatched) > MOST_ALIKE:
+        say(f"note   nothing in the model matches {len(check.unmatched) - MOST_ALIKE:,} more")
     for note in check.notes:
-        print(f"note   {note}")
+        say(f"note   {note}")
+    if check.uncovered:
+        say(
+            f"reach  {len(check.layers) - len(check.uncovered):,} of the model's {len(check.layers):,} linear and "
+            f"convolutional layers; {len(check.uncovered):,} get no adapter, first {check.uncovered[0]}"
+        )
     for reason in check.stops:
-        print(f"STOPS  {reason}")
-    print(
+        say(f"STOPS  {reason}")
+    say(
         f"LyCORIS {check.version}: {len(check.wrong):,} of {len(check.rows):,} modules wrong, "
         f"{check.parameters:,} trainable parameters, {check.intended_parameters:,} meant"
     )
@@ -72,12 +79,12 @@ def command(arguments: argparse.Namespace) -> int:
 
 def _print_splits(check: Check) -> None:
     lines = check.splits
-    for line in lines[:MOST_SPLITS]:
-        print(f"split  {line}")
-    if len(lines) > MOST_SPLITS:
-        print(f"split  ... and {len(lines) - MOST_SPLITS:,} more")
+    for line in lines[:MOST_ALIKE]:
+        say(f"split  {line}")
+    if len(lines) > MOST_ALIKE:
+        say(f"split  ... and {len(lines) - MOST_ALIKE:,} more")
     if lines:
-        print("split  a side splits at its largest divisor up to the factor; a larger factor is fewer parameters")
+        say("split  a side splits at its largest divisor up to the factor; a larger factor is fewer parameters")
 
 
 def _compare_adapter(arguments: argparse.Namespace, model: Run | Architecture) -> int:
@@ -86,16 +93,16 @@ def _compare_adapter(arguments: argparse.Namespace, model: Run | Architecture) -
     with light("lycoris", arguments):
         made = adapter_origin(arguments.adapter, arguments.config, model)
     for name in made.missing:
-        print(f"WRONG  {name}: not in the file")
+        say(f"WRONG  {name}: not in the file")
     for name in made.strange:
-        print(f"WRONG  {name}: in the file, and no adapter by the config")
+        say(f"WRONG  {name}: in the file, and no adapter by the config")
     for name, (meant, held) in made.different.items():
-        print(f"WRONG  {name}: {_tensors(meant)} by the config, {_tensors(held)} in the file")
+        say(f"WRONG  {name}: {_tensors(meant)} by the config, {_tensors(held)} in the file")
     if not arguments.differences:
         for name in made.same:
-            print(f"ok     {name}")
+            say(f"ok     {name}")
     every = len(made.same) + len(made.missing) + len(made.strange) + len(made.different)
-    print(
+    say(
         f"{len(made.same):,} of {every:,} modules the same: {len(made.missing):,} missing in the file, "
         f"{len(made.strange):,} not in the config, {len(made.different):,} of other tensors"
     )

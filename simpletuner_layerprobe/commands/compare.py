@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from simpletuner_layerprobe.commands.arguments import Add, add_bins, add_preset, add_tokens
-from simpletuner_layerprobe.commands.output import LEFT, OK, RIGHT, print_json, print_table
+from simpletuner_layerprobe.commands.arguments import Add, add_bins, add_force, add_preset, add_tokens
+from simpletuner_layerprobe.commands.output import LEFT, OK, RIGHT, print_json, print_table, say
 from simpletuner_layerprobe.files import write_files
 from simpletuner_layerprobe.show.words import capital, counted, share_text
+from simpletuner_layerprobe.targets import PAGE, require_file, require_folder
 
 if TYPE_CHECKING:
     from simpletuner_layerprobe.api.changes import Comparison, StreamComparison
@@ -34,9 +36,9 @@ def add_parser(add: Add) -> None:
     added.add_argument(
         "--out",
         metavar="FILE",
-        help="also make an HTML page: a file that ends in .html, or a folder for compare.html; one of the same name is "
-        "replaced",
+        help="also make an HTML page: a name that ends in .html, or a folder that exists for its compare.html",
     )
+    add_force(added)
     add_bins(added)
     add_tokens(added, "to compare")
     add_preset(added)
@@ -48,31 +50,36 @@ def command(arguments: argparse.Namespace) -> int:
     from simpletuner_layerprobe.api.options import WEIGHED
     from simpletuner_layerprobe.api.pages import comparison_page
 
+    out = None if arguments.out is None else _page_path(arguments.out, arguments.force)
     run_a, run_b = load(arguments.a), load(arguments.b)
     preset = arguments.preset or common_preset(run_a, run_b)
     comparison = compare(run_a, run_b, reading=arguments.tokens, bins=arguments.bins, preset=preset)
     options = {"reading": arguments.tokens, "bins": arguments.bins, "preset": preset, "direction": WEIGHED}
     decided = run_a.decided(**options) if comparison.factors else ()
-    out = None
-    if arguments.out is not None:
-        out = Path(arguments.out)
-        out = out if out.suffix == ".html" and not out.is_dir() else out / "compare.html"
-        write_files({out: comparison_page(run_a, run_b, comparison, decided).encode()}, force=True)
+    if out is not None:
+        write_files({out: comparison_page(run_a, run_b, comparison, decided).encode()}, force=arguments.force)
+        arguments.written = [out]
     if arguments.json:
         runs = {"a": str(run_a.path), "b": str(run_b.path), "preset": preset}
         print_json({**runs, "images": {"a": run_a.images, "b": run_b.images}, **as_json(comparison)})
         return OK
     for label, run in (("A", run_a), ("B", run_b)):
-        print(f"{label}  {run.path}: {run.model or 'unknown model'}, {run.counted}")
+        say(f"{label}  {run.path}: {run.model or 'unknown model'}, {run.counted}")
     for line in comparison.notes:
-        print(f"note: {line}")
+        say(f"note: {line}")
     _print_paired(comparison)
     for stream in comparison.streams.values():
         _print_stream(stream, comparison)
     _print_factors(run_a, run_b, comparison, decided, preset)
     if out is not None:
-        print(f"written: {out}")
+        say(f"written: {out}")
     return OK
+
+
+def _page_path(out: str, force: bool) -> Path:
+    if os.path.isdir(out):
+        return require_file(require_folder(out) / "compare.html", force=force)
+    return require_file(out, PAGE, force=force)
 
 
 def _print_paired(comparison: Comparison) -> None:
@@ -80,12 +87,13 @@ def _print_paired(comparison: Comparison) -> None:
 
     made = comparison.paired
     if made is None:
-        print(f"not paired: {comparison.not_paired}; the runs are taken for independent draws of images")
+        say(f"not paired: {comparison.not_paired}; the runs are taken for independent draws of images")
         return
     number = {block: i for i, block in enumerate(comparison.blocks)}
-    print(f"\nPaired, {counted(made.pairs, 'pair')} of {counted(made.images, 'image')}: {paired_text(made, number)}")
+    say()
+    say(f"Paired, {counted(made.pairs, 'pair')} of {counted(made.images, 'image')}: {paired_text(made, number)}")
     if made.left_a or made.left_b:
-        print(f"  without a partner: {counted(made.left_a, 'sample')} of A, {made.left_b:,} of B")
+        say(f"  without a partner: {counted(made.left_a, 'sample')} of A, {made.left_b:,} of B")
     rows = [
         (f"{t / made.bins:.3g} to {(t + 1) / made.bins:.3g}", f"{made.counts_T[t]:,}", f"{made.loss_T.a[t]:.4g}",
          f"{made.loss_T.b[t]:.4g}", change_text(made.loss_T, t))
@@ -103,22 +111,24 @@ def _print_paired(comparison: Comparison) -> None:
         if clear(change)[i]
     ]
     if rows:
-        print()
+        say()
         print_table(("#", "block", "A", "B", "change [95% interval]"), rows, RIGHT + 4 * LEFT, indent="  ")
-    print("\nUnpaired, as if each run had drawn its own images:")
+    say()
+    say("Unpaired, as if each run had drawn its own images:")
 
 
 def _print_stream(stream: StreamComparison, comparison: Comparison) -> None:
     from simpletuner_layerprobe.api.changes import chance, change_text, sigma_text
 
     title = f"{capital(stream.stream)} stream"
+    say()
     if stream.missing:
-        print(f"\n{title}: {stream.missing}")
+        say(f"{title}: {stream.missing}")
         return
     changed_L, changed_TL = stream.levels.significant, stream.cells.significant
     tested = int(stream.used_T.sum()) * len(stream.blocks)
-    print(
-        f"\n{title}: {changed_L.sum():,} of {counted(len(stream.blocks), 'block')} changed, "
+    say(
+        f"{title}: {changed_L.sum():,} of {counted(len(stream.blocks), 'block')} changed, "
         f"{changed_TL.sum():,} of {counted(tested, 'cell')}"
     )
     rows = []
@@ -138,14 +148,15 @@ def _print_factors(
     run_a: Run, run_b: Run, comparison: Comparison, decided: tuple[tuple[int, str], ...], preset: str
 ) -> None:
     factors = comparison.factors
+    say()
     if factors is None:
-        print(f"\nFactors: none: {comparison.factors_missing}")
+        say(f"Factors: none: {comparison.factors_missing}")
         return
     verdicts = factors.verdict_K
     counts = ", ".join(f"{verdicts.count(verdict):,} {verdict}" for verdict in ("changed", "same", "not settled"))
-    print(f"\nFactors (preset {preset}): {counts} of {len(verdicts):,}")
+    say(f"Factors (preset {preset}): {counts} of {len(verdicts):,}")
     for label, sure in (("A", factors.a), ("B", factors.b)):
-        print(f"  {label}: {sure.text()}")
+        say(f"  {label}: {sure.text()}")
     rows = []
     for place, (number, kind) in enumerate(decided):
         if verdicts[place] == "same" or factors.a.factor_K[place] == factors.b.factor_K[place]:

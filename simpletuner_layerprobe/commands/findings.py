@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from simpletuner_layerprobe.commands.arguments import Add, add_bins, add_run, add_tokens
-from simpletuner_layerprobe.commands.output import OK, print_json
+from simpletuner_layerprobe.commands.output import OK, print_json, say
 from simpletuner_layerprobe.show.words import block_range
 
 
@@ -45,16 +45,17 @@ def command(arguments: argparse.Namespace) -> int:
         told = {"run": str(run.path), "samples": run.samples, "images": run.images}
         print_json({**told, **as_json(sections)})
         return OK
-    print(f"{run.model or 'unknown model'}, {run.counted}")
+    say(f"{run.model or 'unknown model'}, {run.counted}")
     for section in (section for _, those in by_kind(sections) for section in those):
-        print(f"\n{TITLES[section.kind]}{where(section.stream)}")
+        say()
+        say(f"{TITLES[section.kind]}{where(section.stream)}")
         if section.text:
-            print(f"  {section.text}")
+            say(f"  {section.text}")
         for finding in section.findings:
             name = block_range(numbered(finding, run.streams))
-            print(f"  {name} {words(finding)} ({detail(finding, run.samples)})")
+            say(f"  {name} {words(finding)} ({detail(finding, run.samples)})")
         if section.missing or not (section.findings or section.text):
-            print(f"  {section.missing or 'none'}")
+            say(f"  {section.missing or 'none'}")
         for note in section.notes:
-            print(f"  note: {note}")
+            say(f"  note: {note}")
     return OK

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from simpletuner_layerprobe.commands.arguments import (
     KNOWN_MODELS,
     Add,
+    add_force,
     add_precision,
     add_tokens,
     budget,
@@ -16,10 +19,11 @@ from simpletuner_layerprobe.commands.arguments import (
     within,
 )
 from simpletuner_layerprobe.commands.imports import light, named_model
-from simpletuner_layerprobe.commands.lokr_output import Frozen, as_json, print_plan
-from simpletuner_layerprobe.commands.output import OK, print_json, warn, warn_of_samples
+from simpletuner_layerprobe.commands.lokr_output import Frozen, as_json, print_factors, print_plan
+from simpletuner_layerprobe.commands.lokr_size import MANY_TIMES, Size, other_json, other_lines, other_reading
+from simpletuner_layerprobe.commands.output import OK, print_json, sample_warnings, say, warn
 from simpletuner_layerprobe.errors import ConfigError
-from simpletuner_layerprobe.files import require_free
+from simpletuner_layerprobe.targets import CONFIG, require_file
 
 if TYPE_CHECKING:
     from simpletuner_layerprobe.api.pages import Architecture, Plan, Run
@@ -68,7 +72,8 @@ def add_parser(add: Add) -> None:
     goal.add_argument(
         "--preset",
         choices=("article",),
-        help="the article's recipe; default the run's own layerprobe_preset, else article",
+        help="the article's recipe, whatever its size. Default without it and --params: as many parameters as the "
+        "run's own config trains, or the amount in its layerprobe_preset",
     )
     goal.add_argument(
         "--params",
@@ -80,10 +85,9 @@ def add_parser(add: Add) -> None:
     added.add_argument(
         "--critical",
         type=critical_blocks,
-        default="auto",
         metavar="BLOCKS",
-        help="blocks that get factor 1: auto (by the recipe those beyond Tukey's far-out fence in a stream, with a "
-        "budget none), none, or numbers such as 0,31,35; default auto",
+        help="blocks that get factor 1: auto (those beyond Tukey's far-out fence in a stream; with a budget that "
+        "stream's modules alone), none, or numbers such as 0,31,35; default auto by the recipe, none with a budget",
     )
     added.add_argument(
         "--direction",
@@ -131,7 +135,12 @@ def add_parser(add: Add) -> None:
         help="write the SimpleTuner environment config/NAME: its config.json, from the probe run's own, and its "
         "lycoris_config.json",
     )
-    added.add_argument("--force", action="store_true", help="overwrite files that exist")
+    added.add_argument(
+        "--closest",
+        action="store_true",
+        help=f"write also a plan that misses the budget by more than {FAR_FROM_BUDGET:.1%}%: the closest there is",
+    )
+    add_force(added, "a config")
     added.add_argument(
         "--json", action="store_true", help="print one JSON object, with the config, in place of the table"
     )
@@ -156,46 +165,59 @@ def command(arguments: argparse.Namespace) -> int:
         arguments.wrong_usage("--by ablation and --freeze least:N go by what was measured: give RUN")
     if arguments.by == ABLATION and arguments.tokens is not None:
         arguments.wrong_usage("--tokens chooses between readings of the angle: leave it out with --by ablation")
+    _require_target(arguments)
     reading = ABLATION if arguments.by == ABLATION else arguments.tokens
     model = None if arguments.model is None else named_model(arguments)
     run = None if arguments.run is None else load(arguments.run, model=model)
     of = run or model
     assert of is not None, "one of them was given"
     options = _options(arguments, of)
-    least = run.contribution(reading).least(count) if run is not None and count else ()
+    going_by = "" if run is None else run.plan_reading(reading, **options)
+    least = run.plan_contribution(reading, **options).least(count) if run is not None and count else ()
     freeze = tuple(sorted({*numbers, *least}))
+    if run is not None and not run.manifest.modules and not _of_modules(arguments):
+        known = run.confidence(reading=reading, **options)
+        print_factors(known, block_rows(run, None, known, reading=reading, **options), reading or run.reading)
+        warn(*sample_warnings(run, reading, BINS))
+        return OK
     made = plan(of, reading=reading, freeze=freeze, **options)
+    if _is_far(made) and (arguments.out or arguments.env) is not None and not arguments.closest:
+        raise ConfigError(
+            f"nothing is written: the budget is {made.budget:,} parameters, and the closest plan has "
+            f"{made.parameters:,} ({made.bound}); ask for another budget, or write this plan with --closest"
+        )
     _write(arguments, run, made, dry_run=True)  # before the proof, which takes seconds
     with light("peft" if arguments.algo == "lora" else "lycoris", arguments):
         made = made.verify()
+        size = Size.of(made)
     sure = None if run is None else run.confidence(reading=reading, freeze=freeze, **options)
     rows = block_rows(of, made, sure, reading=reading, freeze=freeze, **options)
+    other = None if run is None else other_reading(run, reading, freeze=freeze, **options)
     frozen = None
     if freeze:
         agreement = sure.least_agreement(least) if sure is not None and least else None
         frozen = Frozen(freeze, least, agreement, *_saved(of, made, reading=reading, **options))
     written, following = _write(arguments, run, made)
-    if run is not None:
-        warn_of_samples(run, reading, BINS)
-        for name in run.contribution(reading).dropped:
-            warn(f"the {name} stream has no sample with finite distances; it is left out")
-    if made.budget is not None and abs(made.gap) > FAR_FROM_BUDGET * made.budget:
-        warn(f"the config has {made.parameters:,} parameters, the budget is {made.budget:,}: {made.bound}")
+    arguments.written = written
+    warn(*_warnings(arguments, run, made, going_by, size))
     if arguments.json:
-        print_json(as_json(arguments, run, made, sure, rows, frozen, written))
+        print_json(as_json(arguments, run, made, sure, rows, frozen, written) | size.as_json() | other_json(other))
         return OK
-    print_plan(made, sure, rows, reading or (run.reading if run is not None else ""), frozen)
+    print_plan(made, sure, rows, going_by, frozen)
+    for line in (*size.lines(), *other_lines(other)):
+        say(line)
     for path in written:
-        print(f"written: {path}")
-    print(following)
+        say(f"written: {path}")
+    say(following)
     return OK
 
 
 def _options(arguments: argparse.Namespace, of: Run | Architecture) -> dict[str, Any]:
-    """What the arguments ask of a plan; what is not given keeps the API's default."""
-    from simpletuner_layerprobe.api import check_config
+    """What the arguments ask of a plan, its size too; what else is not given keeps the API's default."""
+    from simpletuner_layerprobe.api import Run, check_config
+    from simpletuner_layerprobe.api.options import sized
 
-    options = {name: vars(arguments)[name] for name in OF_A_PLAN if vars(arguments)[name] not in (None, False)}
+    options: Any = {name: vars(arguments)[name] for name in OF_A_PLAN if vars(arguments)[name] not in (None, False)}
     if isinstance(arguments.params, str):
         with light("lycoris", arguments):
             like = check_config(arguments.params, of)
@@ -204,7 +226,53 @@ def _options(arguments: argparse.Namespace, of: Run | Architecture) -> dict[str,
                 f"{arguments.params} gives no module of this model an adapter, so there is no budget to match"
             )
         options["params"] = like.parameters
+    if isinstance(of, Run):
+        with light("lycoris", arguments):
+            options = {**sized(options, lambda: of.plan_size)}
     return options
+
+
+def _of_modules(arguments: argparse.Namespace) -> bool:
+    """Whether what is asked for needs the model's modules: anything but the table of the article's factors."""
+    budget_or_files = (arguments.params, arguments.out, arguments.env, arguments.rank, arguments.direction)
+    asked = arguments.json or arguments.per_stream or arguments.freeze != ((), 0) or arguments.algo != "lokr"
+    return asked or arguments.by == ABLATION or any(value is not None for value in budget_or_files)
+
+
+def _is_far(made: Plan) -> bool:
+    return made.budget is not None and abs(made.gap) > FAR_FROM_BUDGET * made.budget
+
+
+def _warnings(arguments: argparse.Namespace, run: Run | None, made: Plan, going_by: str, size: Size) -> Iterator[str]:
+    """What is to be known of the plan beside its table."""
+    from simpletuner_layerprobe.api.plans import programs, written_twice
+
+    if arguments.env is not None and run is not None:
+        for name in programs(run):
+            yield f"{name} starts a program and is left out of the new config; add it there yourself if it is yours"
+    if run is not None:
+        yield from sample_warnings(run, going_by, BINS)
+        for name in run.contribution(going_by).dropped:
+            yield f"the {name} stream has no sample with finite distances; it is left out"
+    if isinstance(arguments.params, str):
+        yield from written_twice(arguments.params)
+    if _is_far(made):
+        yield f"the config has {made.parameters:,} parameters, the budget is {made.budget:,}: {made.bound}"
+    if size.times is not None and size.times > MANY_TIMES:
+        yield (
+            f"the config has {size.times:.1f} times the parameters that your own config trains; at its size: "
+            f"{_at_own_size(arguments)}"
+        )
+
+
+def _at_own_size(arguments: argparse.Namespace) -> str:
+    """The same command at the size of the run's own config; what weighs the blocks goes on doing so."""
+    weighs = arguments.preset or any((arguments.direction, arguments.contrast, arguments.per_stream, arguments.tokens))
+    options = [f"--by {arguments.by}"] if arguments.by != ANGLE else []
+    options += [f"--tokens {arguments.tokens}"] if arguments.tokens else []
+    options += [f"--direction {arguments.direction or DIRECTIONS[0]}"] if weighs else []
+    options += [f"--env {shlex.quote(arguments.env)}"] if arguments.env else []
+    return " ".join(["layerprobe lokr", shlex.quote(arguments.run), *options])
 
 
 def _saved(of: Run | Architecture, made: Plan, **options: Any) -> tuple[int | None, int | None]:
@@ -221,6 +289,16 @@ def _saved(of: Run | Architecture, made: Plan, **options: Any) -> tuple[int | No
     return len(whole.intended) - len(made.intended), whole.parameters
 
 
+def _require_target(arguments: argparse.Namespace) -> None:
+    """Raise ConfigError, before any work is done, if what --out or --env name may not be written."""
+    from simpletuner_layerprobe.api.plans import free_environment
+
+    if arguments.out is not None:
+        require_file(arguments.out, CONFIG, force=arguments.force)
+    if arguments.env is not None:
+        free_environment(arguments.env, force=arguments.force)
+
+
 def _write(
     arguments: argparse.Namespace, run: Run | None, made: Plan, *, dry_run: bool = False
 ) -> tuple[list[str], str]:
@@ -228,15 +306,12 @@ def _write(
 
     dry_run: only see whether it can be written.
     """
-    from simpletuner_layerprobe.api.plans import environment, programs
+    from simpletuner_layerprobe.api.plans import environment
 
     if arguments.env is not None and run is not None:
         trained = environment(arguments.env, run, made, force=arguments.force, dry_run=dry_run)
-        for name in () if dry_run else programs(run):
-            warn(f"{name} starts a program and is left out of the new config; add it there yourself if it is yours")
         return [str(path) for path in trained.written], f"next: simpletuner train env={trained.name}"
     if arguments.out is not None:
-        require_free([arguments.out], force=arguments.force)
         if not dry_run:
             made.write(arguments.out, force=arguments.force)
         return [arguments.out], (

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from simpletuner_layerprobe.printable import printable
 from simpletuner_layerprobe.show.words import stream_text
 
 if TYPE_CHECKING:
@@ -33,23 +34,35 @@ def quiet() -> Iterator[None]:
         logging.disable(level)
 
 
-def warn(message: str) -> None:
-    print(f"layerprobe: warning: {message}", file=sys.stderr)
+def say(line: str = "", *, flush: bool = False) -> None:
+    """Print one line. All that commands print goes through here, and is escaped."""
+    print(printable(line), flush=flush)
 
 
-def warn_of_samples(run: Run, reading: str | None, bins: int) -> None:
-    """One warning per stream for bins without samples, and one for samples that were left out."""
-    for name, heatmap in run.heatmaps(reading, bins=bins).items():
-        empty = heatmap.empty_bins()
+def warn(*messages: str) -> None:
+    """What a command warns of, if anything: one line."""
+    if messages:
+        print(f"layerprobe: warning: {printable('; '.join(messages))}", file=sys.stderr)
+
+
+def sample_warnings(run: Run, reading: str | None, bins: int) -> Iterator[str]:
+    """A warning of bins without samples, in whichever stream, and one per stream of samples that were left out."""
+    heatmaps = run.heatmaps(reading, bins=bins)
+    empty_in: dict[tuple[int, ...], list[str]] = {}
+    for name, heatmap in heatmaps.items():
+        empty_in.setdefault(heatmap.empty_bins(), []).append(name)
+    for empty, names in empty_in.items():
         if empty:
             labels = bin_labels(bins)
             shown = ", ".join(labels[t] for t in empty[:5]) + (", ..." if len(empty) > 5 else "")
-            warn(
-                f"{len(empty)} of {bins} sigma bins have no samples {stream_text(name)} ({shown}); "
-                "they count as 0, as in the article: record more samples"
+            where = "" if len(names) == len(heatmaps) else f" {stream_text(names[0])}"
+            yield (
+                f"{len(empty)} of {bins} sigma bins have no samples{where} ({shown}) and count as 0, as in the "
+                "article; record more samples, or take fewer --bins"
             )
+    for name, heatmap in heatmaps.items():
         if heatmap.nonfinite:
-            warn(f"{heatmap.nonfinite:,} samples are left out {stream_text(name)}: numbers not finite")
+            yield f"{heatmap.nonfinite:,} samples are left out {stream_text(name)}: numbers not finite"
 
 
 def print_json(result: Mapping[str, Any]) -> None:
@@ -60,10 +73,11 @@ def print_json(result: Mapping[str, Any]) -> None:
 
 def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]], sides: str, indent: str = "") -> None:
     """Columns as wide as they need to be. sides: LEFT or RIGHT for each."""
-    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
-    for row in (heads, *rows):
-        cells = (f"{text:{side}{width}}" for text, side, width in zip(row, sides, widths, strict=True))
-        print(f"{indent}{'  '.join(cells)}".rstrip())
+    lines = [[printable(text) for text in row] for row in (heads, *rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        cells = (f"{text:{side}{width}}" for text, side, width in zip(line, sides, widths, strict=True))
+        say(f"{indent}{'  '.join(cells)}".rstrip())
 
 
 def bin_labels(bins: int) -> list[str]:

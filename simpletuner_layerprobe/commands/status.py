@@ -8,7 +8,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from simpletuner_layerprobe.commands.arguments import Add, add_bins, add_preset, add_run, add_tokens
-from simpletuner_layerprobe.commands.output import OK, bin_labels, size_text
+from simpletuner_layerprobe.commands.output import OK, bin_labels, say, size_text
 from simpletuner_layerprobe.errors import ProbeError
 from simpletuner_layerprobe.show.words import counted
 
@@ -56,12 +56,12 @@ def command(arguments: argparse.Namespace) -> int:
         "size": _size(run),
     }
     for name, value in facts.items():
-        print(f"{name:<12}{value}")
-    print(f"{'sigma':<12}samples per bin, 0 clean .. 1 noise")
+        say(f"{name:<12}{value}")
+    say(f"{'sigma':<12}samples per bin, 0 clean .. 1 noise")
     counts = run.counts(arguments.bins).tolist()
     for label, count in zip(bin_labels(arguments.bins), counts, strict=True):
         bar = "#" * math.ceil(HISTOGRAM_WIDTH * count / max(counts))
-        print(f"  {label:<14}{count:>12,}  {bar or '(none)'}")
+        say(f"  {label:<14}{count:>12,}  {bar or '(none)'}")
     return OK
 
 
@@ -98,6 +98,8 @@ def _settled(run: Run, arguments: argparse.Namespace) -> str:
     except ProbeError as error:
         return f"unknown: {error}"
     what = f"{sure.text()} (preset {preset})"
+    if not sure.enough:  # nor to judge by how many more would do
+        return what
     if times is None:
         return f"{what}; far more {sure.unit}s than there are would not settle all"
     return what if times == 1 else f"{what}; about {times} times the {sure.unit}s would settle all"

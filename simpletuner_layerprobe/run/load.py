@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from simpletuner_layerprobe.counts import samples_text
 from simpletuner_layerprobe.errors import RunError
 from simpletuner_layerprobe.readings import WHOLE
 from simpletuner_layerprobe.run.article_lines import article_manifest, read_records
@@ -25,7 +26,7 @@ from simpletuner_layerprobe.run.stream_file import StreamFile
 if TYPE_CHECKING:
     import pandas
 
-MAX_LOADED_BYTES = 8 * 1024**3  # of distances that `load_article` holds
+MAX_LOADED_BYTES = 8 * 1024**3  # of samples that `load_article` holds
 _PANDAS = dict.fromkeys(FACTS, "Int32") | {"image": "UInt64", "dropped": "boolean", "backend": "string"}
 
 
@@ -64,6 +65,11 @@ class RunData:
         """How many different images there are; None if that is not known of every sample, or there is none."""
         image_N = self.facts["image"]
         return len(np.unique(image_N)) if len(image_N) and image_N.all() else None
+
+    @property
+    def counted(self) -> str:
+        """ "2,000 samples of 60 images"."""
+        return samples_text(self.samples, self.images)
 
     @property
     def streams(self) -> dict[str, tuple[str, ...]]:
@@ -119,7 +125,7 @@ def load_run(path: RunPath, tokens: str = "last") -> RunData:
     """The run in a folder, or the records of an article file (.jsonl, plain, gzip or bz2; nothing is written).
 
     tokens: the reading that an article file's distances are of, "last" or "mean".
-    Raises RunError if there is no such run, it is damaged, or a file has over 8 GiB of distances.
+    Raises RunError if there is no such run, it is damaged, or a file has over 8 GiB of them.
     """
     if os.path.isfile(path):
         return load_article(path, tokens)
@@ -135,8 +141,8 @@ def load_article(source: RunPath, tokens: str = "last") -> RunData:
     held_bytes = 0
     for rows in read_records(path, tokens):
         parts.append(rows)
-        held_bytes += sum(distance_NL.nbytes for distance_NL in rows.distances.values())
+        held_bytes += sum(column.nbytes for column in rows.columns().values())
         if held_bytes > MAX_LOADED_BYTES:
-            raise RunError(f"{source} has over {MAX_LOADED_BYTES} bytes of distances; import it into a run folder")
+            raise RunError(f"{source} has over {MAX_LOADED_BYTES} bytes of samples; import it into a run folder")
     rows = Rows.concat(parts)
     return RunData(path, article_manifest(rows, path, tokens), rows.columns())

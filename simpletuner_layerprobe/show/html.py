@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simpletuner_layerprobe import __version__
+from simpletuner_layerprobe.targets import MAKER
 
 MAPS = (
     "<div class='controls'><fieldset><legend>Scale</legend><div class='seg'>"
@@ -64,6 +65,7 @@ def html_page(kicker: str, model: str, lead: str, parts: Sequence[Part], foot: s
         "parts": body,
         "foot": escape(foot),
         "version": escape(__version__),
+        "maker": MAKER,
         "data": script_json(data),
         "style": _template("page.css"),
         "script": _template("page.js"),

@@ -20,33 +20,40 @@ import simpletuner_layerprobe
 
 NAME = "simpletuner_layerprobe"
 PACKAGE = Path(simpletuner_layerprobe.__file__).parent
-BASE = {"errors", "readings"}
+BASE = {"counts", "errors", "readings"}
 # Which parts of the package each part may import, anywhere in it: those above it, so that no two know each other. Only
 # models, api, plugin and commands see both halves, recording (probe, training) and offline (analyse, lokr, show).
 KNOWS: dict[str, set[str]] = {
+    "counts": set(),
     "errors": set(),
+    "printable": set(),
     "readings": {"errors"},
-    "files": {"errors"},
+    "targets": {"errors"},
+    "files": {"errors", "targets"},
     "probe": BASE,
-    "run": BASE,
-    "training": {*BASE, "files", "probe", "run"},
+    "run": {*BASE, "targets"},
+    "training": {*BASE, "targets", "files", "probe", "run"},
     "analyse": BASE,
     "lokr": {*BASE, "files", "run", "analyse"},
-    "show": {*BASE, "run", "analyse"},
+    "show": {*BASE, "targets", "run", "analyse"},
     "published": set(),
     "models": {*BASE, "files", "run", "probe", "training", "published"},
-    "api": {*BASE, "probe", "run", "training", "analyse", "lokr", "show", "models"},
+    "api": {*BASE, "targets", "probe", "run", "training", "analyse", "lokr", "show", "models"},
     "plugin": {*BASE, "training", "analyse", "lokr", "show", "api"},
-    "trial": {*BASE, "files", "run", "training", "analyse", "lokr", "show", "api"},
-    "commands": {"errors", "files", "api", "trial", "lokr", "show"},  # of lokr and show a few words, see below
-    "cli": {"errors", "commands"},
+    "trial": {*BASE, "targets", "files", "run", "training", "analyse", "lokr", "show", "api"},
+    # Of lokr and show a few words, see below.
+    "commands": {"errors", "printable", "targets", "files", "api", "trial", "lokr", "show"},
+    "cli": {"errors", "printable", "commands"},
     "": {"api", "errors"},  # __init__.py: the names of the API, on demand
 }
 WORDS = (f"{NAME}.lokr.amounts.", f"{NAME}.show.words.", f"{NAME}.show.findings.")
 # Which foreign packages a part may import anywhere in it, beside the standard library.
 FOREIGN: dict[str, set[str]] = {
+    "counts": set(),
     "errors": set(),
+    "printable": set(),
     "readings": set(),
+    "targets": set(),
     "files": set(),
     "probe": {"torch", "triton", "numpy"},
     "run": {"numpy", "pyarrow", "pandas"},
@@ -64,7 +71,7 @@ FOREIGN: dict[str, set[str]] = {
     "": set(),
 }
 HEAVY = ("torch", "simpletuner", "lycoris", "peft", "diffusers", "transformers", "matplotlib", "pandas")
-LIGHT = ("", "errors", "readings", "run", "analyse", "lokr", "show", "published", "models", "api")
+LIGHT = ("", "errors", "printable", "readings", "run", "analyse", "lokr", "show", "published", "models", "api")
 LIGHT += ("trial", "commands", "cli")
 
 

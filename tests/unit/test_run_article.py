@@ -293,8 +293,8 @@ def test_a_source_or_a_target_that_is_not_right(tmp_path: Path) -> None:
         import_article(tmp_path / "in", tmp_path / "run", tokens="first")
     assert os.listdir(tmp_path) == ["in"]
     import_article(tmp_path / "in", tmp_path / "run")
-    for taken in ("run", "in"):
-        with fails("exists already and is not an empty folder; import into a new one"):
+    for taken, said in (("run", "exists already and is not an empty folder; choose a new one"), ("in", "is no folder")):
+        with fails(said):
             import_article(tmp_path / "in", tmp_path / taken)
     assert load_run(tmp_path / "run").samples == 1 and sorted(os.listdir(tmp_path)) == ["in", "run"]
 
@@ -336,12 +336,12 @@ def test_a_stream_that_records_cannot_have_is_left_out(tmp_path: Path) -> None:
 def test_more_than_memory_should_hold_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "in").write_bytes(GOOD * 9)
     monkeypatch.setattr(load, "MAX_LOADED_BYTES", 100)
-    with fails("has over 100 bytes of distances; import it into a run folder"):
+    with fails("has over 100 bytes of samples; import it into a run folder"):
         load_article(tmp_path / "in")
 
 
 @pytest.mark.parametrize("suffix", ["gz", "bz2"])
-@pytest.mark.parametrize(("piece", "text"), [(b"[", "line 1: over"), (b"\n", "has no records")])
+@pytest.mark.parametrize(("piece", "text"), [(b"[", "line 1: over"), (b"\n", "mostly blank lines from here")])
 def test_hostile_archives_take_little_memory(tmp_path: Path, suffix: str, piece: bytes, text: str) -> None:
     """Three hundred million empty lines, and a line that does not end."""
     with (gzip.GzipFile if suffix == "gz" else bz2.BZ2File)(tmp_path / "bomb", "wb", compresslevel=1) as file:

@@ -5,7 +5,7 @@
 # make test-oldest   the tests against the real Trainer, on the oldest SimpleTuner supported, in .venv-oldest
 # make families      docs/families.md, from the family tests' own results
 # make statistics    the large simulations behind docs/confidence.md
-# make bench    every benchmark but the GPU's, and docs/costs.md from the results
+# make bench    every benchmark but the GPU's, and docs/costs.md and docs/bases.md from the results
 # make faults   1,000 kills of the writer and every other fault, for real; writes docs/reliability.md (mounting needs root)
 # make fuzz     210,000 inputs over every reader; writes docs/reliability.md
 # make lint     ruff and mypy

@@ -1,4 +1,4 @@
-"""Writes docs/costs.md from the measurements in results/: nothing in it is typed by hand.
+"""Writes docs/costs.md and docs/bases.md from the measurements in results/: no number in them is typed by hand.
 
 python benchmarks/tables.py
 """
@@ -6,6 +6,7 @@ python benchmarks/tables.py
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -145,7 +146,7 @@ rows are what others do, and the floor is the least that any distance of all tok
     parts.append(
         """## Not measured
 
-Several GPUs, other cards, quantised bases and offloading on a GPU. The steps on a GPU were measured with the fused
+Several GPUs, other cards, quantised bases and offloading on a GPU ([bases.md](bases.md) has a CPU's). The steps on a GPU were measured with the fused
 kernel that read each state twice and left the residual readings to torch's operations; `python benchmarks/kernel.py`
 measures the one that reads it once for all readings. Of SimpleTuner's own loop one figure is known: on an H200 the real
 `simpletuner train` probed SD3.5 Large at 1024 px, batch 1, at 4 to 6 samples a second after a start of some ten
@@ -154,12 +155,43 @@ seconds, in 17.3 GB."""
     return "\n\n".join(parts) + "\n"
 
 
+def bases(result: dict[str, Any]) -> str:
+    rows = []
+    for name, found in result["bases"].items():
+        layers = ", ".join(f"{count} {kind}" for kind, count in sorted(found["layers"].items()))
+        rows.append([f"`{name}`", found["word"], layers, found["said"].replace("|", "\\|")])
+    words = Counter(found["word"] for found in result["bases"].values())
+    counts = ", ".join(f"{count} {word}" for word, count in words.most_common())
+    return f"""{about(result["machine"])} {len(result["bases"])} bases: {counts}.
+
+{table(["base or mode", "verdict", "linear layers", "largest difference of a distance, or why not"], rows)}"""
+
+
+def page_of_bases() -> str:
+    parts = [
+        """# Bases and modes
+
+Does the probe record the right angles on every base that SimpleTuner can train on? `python benchmarks/bases.py` makes a
+probe-only run of the real SimpleTuner on the tiny SD3 for each quantised base, way of offloading, compilation and
+attention back end that SimpleTuner offers, and compares every recorded distance with the article's formula in float64,
+on copies of the states that hooks of another kind took. *exact*: equal within 2e-6. *fails*: SimpleTuner itself ends
+with that error here, with the probe or without. Layers that are too small are not quantised. `benchmarks/tables.py`
+writes this page."""
+    ]
+    for device, title in (("cuda", "On a GPU"), ("cpu", "On a CPU")):
+        result = load(f"bases-{device}")
+        why = f"**Not measured**: `python benchmarks/bases.py --device {device}` measures it."
+        parts.append(f"## {title}\n\n{bases(result) if result else why}")
+    return "\n\n".join(parts) + "\n"
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "costs.md")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder for the pages")
     options = parser.parse_args(arguments)
-    options.out.write_text(page(), encoding="utf-8")
-    print(f"wrote {options.out.name} from {RESULTS.name}/")
+    for name, text in (("costs.md", page()), ("bases.md", page_of_bases())):
+        (options.out / name).write_text(text, encoding="utf-8")
+        print(f"wrote {name} from {RESULTS.name}/")
 
 
 if __name__ == "__main__":

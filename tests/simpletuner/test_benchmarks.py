@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -71,6 +72,21 @@ def test_a_row_of_the_kernel_table(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "| small | transposed | angle, norm, cosine | 20 us | 0.0 TB/s | 20 us | 1 x |" in page
 
 
-def test_the_page_is_made_from_the_results(tmp_path: Path) -> None:
-    run("tables.py", "--out", tmp_path / "costs.md")
-    assert (tmp_path / "costs.md").read_text() == (ROOT / "docs" / "costs.md").read_text()
+def test_the_pages_are_made_from_the_results(tmp_path: Path) -> None:
+    run("tables.py", "--out", tmp_path)
+    for name in ("costs.md", "bases.md"):
+        assert (tmp_path / name).read_text() == (ROOT / "docs" / name).read_text()
+
+
+def test_a_quantised_base_is_exact_and_one_that_cannot_start_says_why(
+    simpletuner: object, tiny_sd3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    bases = importlib.import_module("bases")
+    tiny = Path(shutil.copytree(tiny_sd3, tmp_path / "tiny"))
+    exact = bases.judged(simpletuner, tiny, bases.BASES["int8-quanto"], "cpu")
+    assert exact.word == "exact" and exact.layers["QLinear"] > 50
+    fails = bases.judged(simpletuner, tiny, bases.BASES["RamTorch"], "cpu")
+    assert fails.word == "fails" and "requires a CUDA or ROCm device" in fails.said
+    refused = bases.judged(simpletuner, tiny, {"layerprobe_sigmas": "gauss"}, "cpu")
+    assert refused.word == "refused" and refused.said.startswith("layerprobe_sigmas is 'gauss'")

@@ -146,11 +146,11 @@ rows are what others do, and the floor is the least that any distance of all tok
     parts.append(
         """## Not measured
 
-Several GPUs, other cards, quantised bases and offloading on a GPU ([bases.md](bases.md) has a CPU's). The steps on a GPU were measured with the fused
-kernel that read each state twice and left the residual readings to torch's operations; `python benchmarks/kernel.py`
-measures the one that reads it once for all readings. Of SimpleTuner's own loop one figure is known: on an H200 the real
-`simpletuner train` probed SD3.5 Large at 1024 px, batch 1, at 4 to 6 samples a second after a start of some ten
-seconds, in 17.3 GB."""
+Several GPUs, other cards, quantised bases and offloading on a GPU ([bases.md](bases.md) has a CPU's). The steps on a
+GPU were measured with the fused kernel that read each state twice and left the residual readings to torch's operations;
+`python benchmarks/kernel.py` measures the one that reads it once for all readings. Of SimpleTuner's own loop one figure
+is known: on an H200 the real `simpletuner train` probed SD3.5 Large at 1024 px, batch 1, at 4 to 6 samples a second
+after a start of some ten seconds, in 17.3 GB."""
     )
     return "\n\n".join(parts) + "\n"
 

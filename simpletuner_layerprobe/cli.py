@@ -90,14 +90,12 @@ def parser() -> argparse.ArgumentParser:
         prog="layerprobe",
         description="From a SimpleTuner probe run to heatmaps and a weighted LoKr config.",
         epilog="A RUN is what a probe run writes (<output_dir>/layerprobe), or a file of the article's records. "
-        "Exit codes: 0 all went well, 1 a problem (said on stderr), 2 wrong usage.",
+        "Exit codes: 0 all went well, 1 a problem (said on stderr), 2 wrong usage, 130 interrupted.",
     )
     made.add_argument("--version", action="version", version=f"layerprobe {__version__}")
-    commands = made.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = made.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
 
-    def add(
-        name: str, command: Callable[[argparse.Namespace], int], summary: str, more: str, example: str
-    ) -> argparse.ArgumentParser:
+    def add(name: str, command: Callable[[argparse.Namespace], int], summary: str, more: str, example: str) -> Parser:
         added = commands.add_parser(
             name,
             help=summary,

@@ -10,12 +10,13 @@ from simpletuner_layerprobe.api.plans import known_model
 from simpletuner_layerprobe.api.run import Run
 from simpletuner_layerprobe.errors import ConfigError, ModelError
 from simpletuner_layerprobe.run.merge import merge
+from simpletuner_layerprobe.run.newest import runs_below
 
 if TYPE_CHECKING:
     from simpletuner_layerprobe.models import Architecture
     from simpletuner_layerprobe.run.manifest import Manifest
 
-__all__ = ["export", "import_records", "load", "merge"]
+__all__ = ["export", "import_records", "load", "merge", "runs_below"]
 
 PathLike = str | os.PathLike[str]
 

@@ -6,9 +6,9 @@ import argparse
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from simpletuner_layerprobe.commands.arguments import KNOWN_MODELS, Add, add_precision
+from simpletuner_layerprobe.commands.arguments import KNOWN_MODELS, Add, add_precision, add_wide
 from simpletuner_layerprobe.commands.imports import light, named_model
-from simpletuner_layerprobe.commands.output import OK
+from simpletuner_layerprobe.commands.output import LEFT, OK, print_table, print_text
 from simpletuner_layerprobe.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def add_parser(add: Add) -> None:
         help="say instead whether this file, pytorch_lora_weights.safetensors, comes from the config: module by module",
     )
     added.add_argument("--differences", action="store_true", help="list only the modules that differ")
+    add_wide(added)
 
 
 def command(arguments: argparse.Namespace) -> int:
@@ -49,35 +50,41 @@ def command(arguments: argparse.Namespace) -> int:
         return _compare_adapter(arguments, model)
     with light("lycoris", arguments):
         check = check_config(arguments.config, model)
-    for row in check.rows:
-        if not row.ok:
-            print(f"WRONG  {row}")
-        elif not arguments.differences:
-            print(f"ok     {row.name}: {row.got}")
+    rows = [
+        ("ok", row.name, str(row.got)) if row.ok else ("WRONG", row.name, row.difference)
+        for row in check.rows
+        if not (row.ok and arguments.differences)
+    ]
+    if rows:
+        print_table(("", "module", "gets"), rows, 3 * LEFT, wide=arguments.wide)
     if not arguments.differences:
-        _print_splits(check)
+        _print_splits(check, arguments.wide)
     for pattern in check.unmatched:
-        print(f"note   nothing in the model matches {pattern}")
+        print_text("note   ", f"nothing in the model matches {pattern}", wide=arguments.wide)
     for note in check.notes:
-        print(f"note   {note}")
+        print_text("note   ", note, wide=arguments.wide)
     for reason in check.stops:
-        print(f"STOPS  {reason}")
-    print(
+        print_text("STOPS  ", reason, wide=arguments.wide)
+    print_text(
+        "",
         f"LyCORIS {check.version}: {len(check.wrong):,} of {len(check.rows):,} modules wrong, "
-        f"{check.parameters:,} trainable parameters, {check.intended_parameters:,} meant"
+        f"{check.parameters:,} trainable parameters, {check.intended_parameters:,} meant",
+        wide=arguments.wide,
     )
     check.require()
     return OK
 
 
-def _print_splits(check: Check) -> None:
+def _print_splits(check: Check, wide: bool) -> None:
     lines = check.splits
     for line in lines[:MOST_SPLITS]:
-        print(f"split  {line}")
+        print_text("split  ", line, wide=wide)
     if len(lines) > MOST_SPLITS:
         print(f"split  ... and {len(lines) - MOST_SPLITS:,} more")
     if lines:
-        print("split  a side splits at its largest divisor up to the factor; a larger factor is fewer parameters")
+        print_text(
+            "split  ", "a side splits at its largest divisor up to the factor; a larger factor is fewer parameters"
+        )
 
 
 def _compare_adapter(arguments: argparse.Namespace, model: Run | Architecture) -> int:

@@ -7,14 +7,13 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from simpletuner_layerprobe.commands.arguments import Add, add_bins, add_preset, add_tokens
+from simpletuner_layerprobe.commands.arguments import Add, add_bins, add_preset, add_tokens, add_wide
 from simpletuner_layerprobe.commands.output import LEFT, OK, RIGHT, print_json, print_table
 from simpletuner_layerprobe.files import write_files
 from simpletuner_layerprobe.show.words import capital, counted, share_text
 
 if TYPE_CHECKING:
     from simpletuner_layerprobe.api.changes import Comparison, StreamComparison
-    from simpletuner_layerprobe.api.run import Run
 
 
 def add_parser(add: Add) -> None:
@@ -40,6 +39,7 @@ def add_parser(add: Add) -> None:
     add_bins(added)
     add_tokens(added, "to compare")
     add_preset(added)
+    add_wide(added)
 
 
 def command(arguments: argparse.Namespace) -> int:
@@ -66,16 +66,16 @@ def command(arguments: argparse.Namespace) -> int:
         print(f"{label}  {run.path}: {run.model or 'unknown model'}, {run.counted}")
     for line in comparison.notes:
         print(f"note: {line}")
-    _print_paired(comparison)
+    _print_paired(comparison, arguments.wide)
     for stream in comparison.streams.values():
-        _print_stream(stream, comparison)
-    _print_factors(run_a, run_b, comparison, decided, preset)
+        _print_stream(stream, comparison, arguments.wide)
+    _print_factors(comparison, decided, preset, arguments.wide)
     if out is not None:
         print(f"written: {out}")
     return OK
 
 
-def _print_paired(comparison: Comparison) -> None:
+def _print_paired(comparison: Comparison, wide: bool) -> None:
     from simpletuner_layerprobe.api.changes import change_text, clear, paired_text
 
     made = comparison.paired
@@ -93,9 +93,8 @@ def _print_paired(comparison: Comparison) -> None:
         if not math.isnan(made.loss_T.difference[t])
     ]  # fmt: skip
     if rows:
-        print_table(
-            ("sigma", "pairs", "loss A", "loss B", "change [95% interval]"), rows, LEFT + 3 * RIGHT + LEFT, "  "
-        )
+        heads = ("sigma", "pairs", "loss A", "loss B", "change [95% interval]")
+        print_table(heads, rows, LEFT + 3 * RIGHT + LEFT, "  ", spare=("loss A", "loss B"), wide=wide)
     rows = [
         (str(number[block]), f"{block} ({stream})", f"{change.a[i]:.4g}", f"{change.b[i]:.4g}", change_text(change, i))
         for stream, change in made.angles.items()
@@ -104,11 +103,12 @@ def _print_paired(comparison: Comparison) -> None:
     ]
     if rows:
         print()
-        print_table(("#", "block", "A", "B", "change [95% interval]"), rows, RIGHT + 4 * LEFT, indent="  ")
+        heads = ("#", "block", "A", "B", "change [95% interval]")
+        print_table(heads, rows, RIGHT + 4 * LEFT, "  ", spare=("A", "B"), wide=wide)
     print("\nUnpaired, as if each run had drawn its own images:")
 
 
-def _print_stream(stream: StreamComparison, comparison: Comparison) -> None:
+def _print_stream(stream: StreamComparison, comparison: Comparison, wide: bool) -> None:
     from simpletuner_layerprobe.api.changes import chance, change_text, sigma_text
 
     title = f"{capital(stream.stream)} stream"
@@ -131,12 +131,10 @@ def _print_stream(stream: StreamComparison, comparison: Comparison) -> None:
             rows.append((number, block, f"{stream.levels.a[i]:.4g}", f"{stream.levels.b[i]:.4g}", change, p, where))
     if rows:
         heads = ("#", "block", "A", "B", "change [95% interval]", "chance", "cells changed at sigma")
-        print_table(heads, rows, RIGHT + 6 * LEFT, indent="  ")
+        print_table(heads, rows, RIGHT + 6 * LEFT, "  ", spare=("A", "B", "chance", "#"), wide=wide)
 
 
-def _print_factors(
-    run_a: Run, run_b: Run, comparison: Comparison, decided: tuple[tuple[int, str], ...], preset: str
-) -> None:
+def _print_factors(comparison: Comparison, decided: tuple[tuple[int, str], ...], preset: str, wide: bool) -> None:
     factors = comparison.factors
     if factors is None:
         print(f"\nFactors: none: {comparison.factors_missing}")
@@ -159,4 +157,5 @@ def _print_factors(
         )
     if rows:
         heads = ("#", "block", "contribution A", "contribution B", "factor A", "factor B", "agreement", "")
-        print_table(heads, rows, RIGHT + 7 * LEFT, indent="  ")
+        spare = ("agreement", "contribution A", "contribution B")
+        print_table(heads, rows, RIGHT + 7 * LEFT, "  ", spare=spare, wide=wide)

@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from simpletuner_layerprobe.commands.arguments import Add, add_bins, add_run, add_tokens
+from simpletuner_layerprobe.commands.arguments import Add, add_bins, add_run, add_tokens, chosen_run
 from simpletuner_layerprobe.commands.output import OK, warn, warn_of_samples
 from simpletuner_layerprobe.files import write_files
 
@@ -44,7 +44,7 @@ def command(arguments: argparse.Namespace) -> int:
     from simpletuner_layerprobe.api import load
     from simpletuner_layerprobe.api.pages import figures, reading_figure
 
-    run, look = load(arguments.run), {"bins": arguments.bins, "file_format": arguments.format}
+    run, look = load(chosen_run(arguments)), {"bins": arguments.bins, "file_format": arguments.format}
     reading, problem = arguments.tokens or run.reading, ""
     if arguments.reading == ANGLE:
         files, problem = figures(run, reading, **look)

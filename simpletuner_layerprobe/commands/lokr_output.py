@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from simpletuner_layerprobe.commands.output import LEFT, RIGHT, print_table, size_text
+from simpletuner_layerprobe.commands.output import LEFT, RIGHT, print_table
 from simpletuner_layerprobe.lokr.amounts import BF16_BYTES
-from simpletuner_layerprobe.show.words import counted, listed, samples_text, share_text
+from simpletuner_layerprobe.show.words import counted, listed, samples_text, share_text, size_text
 
 if TYPE_CHECKING:
     from simpletuner_layerprobe.api.pages import BlockRow, Confidence, Plan, Run
@@ -42,7 +42,7 @@ class Frozen:
 
 
 def print_plan(
-    plan: Plan, sure: Confidence | None, rows: Sequence[BlockRow], reading: str, frozen: Frozen | None
+    plan: Plan, sure: Confidence | None, rows: Sequence[BlockRow], reading: str, frozen: Frozen | None, *, wide: bool
 ) -> None:
     """The table of blocks, what was asked for, reached and proved, and how sure it is. reading: that it goes by."""
     from simpletuner_layerprobe.api.options import EQUAL
@@ -67,7 +67,8 @@ def print_plan(
         table.append([*cells, f"{row.parameters:,}", ", ".join(row.notes)])
     blank = [""] * (len(heads) - 4)
     table.append(["", "total", *blank, f"{plan.parameters:,}", f"{_size(plan.parameters)} in bf16"])
-    print_table(heads, table, "".join(sides))
+    spare = ("agree", "95% interval", "contribution", *reversed(heads[3:-2]))
+    print_table(heads, table, "".join(sides), spare=spare, wide=wide)
     if sure:
         print(f"by       {READINGS[reading]}; {samples_text(sure.samples, sure.images)}")
     if frozen:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from simpletuner_layerprobe.commands.arguments import Add, add_bins, add_preset, add_run, add_tokens
+from simpletuner_layerprobe.commands.arguments import Add, add_bins, add_preset, add_run, add_tokens, chosen_run
 from simpletuner_layerprobe.commands.output import OK
 from simpletuner_layerprobe.errors import ConfigError
 from simpletuner_layerprobe.files import write_files
@@ -30,7 +30,7 @@ def command(arguments: argparse.Namespace) -> int:
     from simpletuner_layerprobe.api import load
     from simpletuner_layerprobe.api.pages import report
 
-    run = load(arguments.run)
+    run = load(chosen_run(arguments))
     if arguments.out is None and not run.path.is_dir():
         raise ConfigError(f"{run.path} is no folder that the page could lie in; name the page with --out")
     page = report(run, arguments.tokens, bins=arguments.bins, preset=arguments.preset)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -91,6 +91,7 @@ def test_epochs_decide_without_a_sample_count(tmp_path, monkeypatch):
 def test_a_watcher_of_the_main_process_ends_the_run_as_a_signal_does(tmp_path, monkeypatch):
     class Watcher:
         wants_stop = False
+        told = MappingProxyType({"settled": "50%"})
 
     watcher = Watcher()
     main, other = (session(tmp_path, monkeypatch, rank, 2, watchers=[watcher]) for rank in range(2))

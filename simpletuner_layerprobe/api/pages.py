@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Unpack
 
 from simpletuner_layerprobe.api.options import EQUAL, WEIGHED, PlanOptions
@@ -110,7 +111,11 @@ def figures(
         factor_L: list[int] = article_factors(contribution.value_L, critical=contribution.critical_union()).tolist()
         return factor_L
 
-    return article_files(run.heatmaps(reading, bins), factors, **_look(run, file_format))
+    parameters = None
+    with suppress(ProbeError):
+        made = plan(run, reading=reading, bins=bins, preset="article")
+        parameters = [made.block_parameters(number) for number in range(len(made.blocks))]
+    return article_files(run.heatmaps(reading, bins), factors, parameters, **_look(run, file_format))
 
 
 def reading_figure(run: Run, reading: str, bins: int = 10, file_format: str = "png") -> dict[str, bytes]:

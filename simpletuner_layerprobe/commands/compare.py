@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from simpletuner_layerprobe.commands.arguments import Add, add_bins, add_preset, add_tokens, add_wide
-from simpletuner_layerprobe.commands.output import LEFT, OK, RIGHT, print_json, print_table
+from simpletuner_layerprobe.commands.output import LEFT, OK, RIGHT, print_json, print_table, print_text
 from simpletuner_layerprobe.files import write_files
 from simpletuner_layerprobe.show.words import capital, counted, share_text
 
@@ -63,9 +63,9 @@ def command(arguments: argparse.Namespace) -> int:
         print_json({**runs, "images": {"a": run_a.images, "b": run_b.images}, **as_json(comparison)})
         return OK
     for label, run in (("A", run_a), ("B", run_b)):
-        print(f"{label}  {run.path}: {run.model or 'unknown model'}, {run.counted}")
+        print_text(f"{label}  ", f"{run.path}: {run.model or 'unknown model'}, {run.counted}", wide=arguments.wide)
     for line in comparison.notes:
-        print(f"note: {line}")
+        print_text("note: ", line, wide=arguments.wide)
     _print_paired(comparison, arguments.wide)
     for stream in comparison.streams.values():
         _print_stream(stream, comparison, arguments.wide)
@@ -80,7 +80,8 @@ def _print_paired(comparison: Comparison, wide: bool) -> None:
 
     made = comparison.paired
     if made is None:
-        print(f"not paired: {comparison.not_paired}; the runs are taken for independent draws of images")
+        said = f"{comparison.not_paired}; the runs are taken for independent draws of images"
+        print_text("not paired: ", said, wide=wide)
         return
     number = {block: i for i, block in enumerate(comparison.blocks)}
     print(f"\nPaired, {counted(made.pairs, 'pair')} of {counted(made.images, 'image')}: {paired_text(made, number)}")
@@ -143,7 +144,7 @@ def _print_factors(comparison: Comparison, decided: tuple[tuple[int, str], ...],
     counts = ", ".join(f"{verdicts.count(verdict):,} {verdict}" for verdict in ("changed", "same", "not settled"))
     print(f"\nFactors (preset {preset}): {counts} of {len(verdicts):,}")
     for label, sure in (("A", factors.a), ("B", factors.b)):
-        print(f"  {label}: {sure.text()}")
+        print_text(f"  {label}: ", sure.text(), wide=wide)
     rows = []
     for place, (number, kind) in enumerate(decided):
         if verdicts[place] == "same" or factors.a.factor_K[place] == factors.b.factor_K[place]:

@@ -20,7 +20,7 @@ def add_parser(add: Add) -> None:
         command,
         "draw the article's figures and write the heatmaps as arrays",
         "Figure 1: both streams, linear, log1p and clipped at the 95th percentile. Figure 2: their mean.\n"
-        "Figure 3: the factors of the article's recipe, critical blocks as they are seen in the run.\n"
+        "Figure 3: the parameters and factors by the article's recipe, critical blocks as they are seen in the run.\n"
         "heatmap.npz: the arrays. Files of the same names in DIR are replaced.\n"
         "With --reading, one figure and one .npz of that reading, if the run was recorded with it.",
         "layerprobe heatmap output/sd35-probe/layerprobe --out figures",

@@ -6,11 +6,13 @@ import codecs
 import json
 import os
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from simpletuner_layerprobe.errors import ConfigError
+from simpletuner_layerprobe.targets import require_file
 
 MAX_JSON_BYTES = 32 * 1024 * 1024
 _BYTE_ORDER_MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # of UTF-32 too
@@ -46,23 +48,18 @@ def read_object(path: str | os.PathLike[str], what: str) -> dict[str, Any]:
     return value
 
 
-def require_free(paths: Iterable[str | os.PathLike[str]], *, force: bool = False) -> None:
-    """Raise ConfigError if one of these files exists, unless `force`."""
-    for path in paths:
-        if os.path.lexists(path) and not force:
-            raise ConfigError(f"{path} exists already; it is not overwritten without --force")
-
-
-def write_files(contents: Mapping[Path, bytes], *, force: bool = False) -> None:
+def write_files(contents: Mapping[Path, bytes], *, force: bool = False, place: Path | None = None) -> None:
     """Write all of these files of one folder or none of them; each is complete or absent at any time.
 
-    Raises ConfigError if one exists and `force` is off, or if the system refuses.
+    force, place: as `require_file` takes them. Raises ConfigError if one may not be written, or if the system refuses.
     """
-    require_free(contents, force=force)
+    for path in contents:
+        require_file(path, force=force, place=place)
     taken = [path for path in contents if os.path.lexists(path)]
     folder = next(iter(contents)).parent
-    made_folder = not folder.exists()
-    temporary = {path: path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp") for path in contents}
+    missing = [above for above in (folder, *folder.parents) if not above.exists()]
+    temporary = {path: path.with_name(f".layerprobe-{secrets.token_hex(8)}.tmp") for path in contents}
+    path = next(iter(contents))
     replaced: list[Path] = []
     before: dict[Path, bytes] = {}
     try:
@@ -76,18 +73,19 @@ def write_files(contents: Mapping[Path, bytes], *, force: bool = False) -> None:
         for path in contents:
             os.replace(temporary[path], path)
             replaced.append(path)
-    except OSError as error:
-        for path in replaced:
-            if path in before:
-                path.write_bytes(before[path])
+    except BaseException as error:
+        for done in replaced:
+            if done in before:
+                done.write_bytes(before[done])
             else:
-                path.unlink()
-        _remove(temporary.values())
-        if made_folder and folder.is_dir():
-            folder.rmdir()
-        raise ConfigError(f"cannot write {error.filename2 or error.filename}: {error.strerror}") from None
-    except BaseException:
-        _remove(temporary.values())
+                done.unlink()
+        for left in temporary.values():
+            left.unlink(missing_ok=True)
+        for made in missing:  # the deepest first
+            with suppress(OSError):  # never made, or somebody else uses it by now
+                made.rmdir()
+        if isinstance(error, OSError):
+            raise ConfigError(f"cannot write {path}: {error.strerror}") from None
         raise
 
 
@@ -98,9 +96,3 @@ def _check_depth(value: object, left: int) -> None:
             raise ValueError(f"over {MAX_DEPTH} lists and objects in each other")
         for inner in value.values() if isinstance(value, dict) else value:
             _check_depth(inner, left - 1)
-
-
-def _remove(paths: Iterable[Path]) -> None:
-    for path in paths:
-        if path.exists():
-            path.unlink()

@@ -14,6 +14,7 @@ from simpletuner_layerprobe.errors import ConfigError, ProbeError
 from simpletuner_layerprobe.training.live import Live, Pace
 
 if TYPE_CHECKING:
+    from simpletuner_layerprobe.training.guard import Verdicts
     from simpletuner_layerprobe.training.options import ProbeSettings
     from simpletuner_layerprobe.training.session import Watcher
 
@@ -29,7 +30,14 @@ def install(module: Any) -> None:
     """Hook `simpletuner.helpers.training.trainer`, right after it was imported."""
     from simpletuner_layerprobe.training import trainer
 
-    trainer.install(module, watchers)
+    trainer.install(module, watchers, verdicts)
+
+
+def verdicts() -> Verdicts:
+    """What the guard asks about the adapter of a normal training."""
+    from simpletuner_layerprobe.lokr import guard
+
+    return guard
 
 
 def watchers(

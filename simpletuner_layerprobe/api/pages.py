@@ -118,6 +118,13 @@ def figures(
     return article_files(run.heatmaps(reading, bins), factors, parameters, **_look(run, file_format))
 
 
+def figure_names(kind: str = "", file_format: str = "png") -> list[str]:
+    """The names of what `figures` can give, or with a kind ("update_norm", "pairs", "ablation") `reading_figure`."""
+    from simpletuner_layerprobe.show.files import article_names, reading_names
+
+    return reading_names(kind, file_format) if kind else article_names(file_format)
+
+
 def reading_figure(run: Run, reading: str, bins: int = 10, file_format: str = "png") -> dict[str, bytes]:
     """The figure and the .npz of a further reading: "update_norm_mean", "pairs_last", "ablation_text" or the like."""
     from simpletuner_layerprobe.show import files

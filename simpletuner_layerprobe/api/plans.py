@@ -29,6 +29,7 @@ __all__ = [
     "architecture",
     "check_config",
     "environment",
+    "free_environment",
     "plan",
     "programs",
 ]
@@ -140,6 +141,13 @@ def environment(name: str, run: Run, plan: Plan, *, force: bool = False, dry_run
     from simpletuner_layerprobe.training import environment
 
     return environment.environment(name, environment.read_options(run.path), plan, force=force, dry_run=dry_run)
+
+
+def free_environment(name: str, *, force: bool = False) -> None:
+    """Raises ConfigError if `environment` would not write config/NAME, whatever the plan."""
+    from simpletuner_layerprobe.training import environment
+
+    environment.free_environment(name, force=force)
 
 
 def programs(run: Run) -> list[str]:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from simpletuner_layerprobe.api.plans import known_model
 from simpletuner_layerprobe.api.run import Run
 from simpletuner_layerprobe.errors import ConfigError, ModelError
 from simpletuner_layerprobe.run.merge import merge
 from simpletuner_layerprobe.run.newest import runs_below
+from simpletuner_layerprobe.targets import require_file
 
 if TYPE_CHECKING:
     from simpletuner_layerprobe.models import Architecture
     from simpletuner_layerprobe.run.manifest import Manifest
 
-__all__ = ["export", "import_records", "load", "merge", "runs_below"]
+__all__ = ["export", "import_records", "load", "merge", "require_export", "runs_below"]
 
 PathLike = str | os.PathLike[str]
 
@@ -50,23 +51,37 @@ def import_records(
     return Run(import_article(file, run_dir, tokens=tokens, **known))
 
 
-def export(run: Run, file: PathLike, *, tokens: str | None = None, facts: bool = False) -> tuple[int, int]:
-    """Write a run as a table (.csv, .csv.gz, .csv.bz2, .parquet), else as the article's records (.gz, .bz2, plain).
+def export(
+    run: Run, file: PathLike | BinaryIO, *, tokens: str | None = None, facts: bool = False, force: bool = False
+) -> tuple[int, int]:
+    """Write a run as a table or as the article's records.
 
-    tokens: the reading of the records. facts: whether they keep what is known of each sample. Returns the samples
-    written and those left out because a distance is not finite. Raises RunError if the file exists, or the run has
-    nothing to write.
+    file: a name that ends in .csv, .csv.gz, .csv.bz2 or .parquet, or for records in .jsonl, .jsonl.gz or .jsonl.bz2; or
+    an open binary file, which gets plain records. tokens: the reading of the records. facts: whether they keep what is
+    known of each sample. force: whether a plain file of this name is replaced. Returns the samples written and those
+    left out because a distance is not finite. Raises ConfigError for a name that may not be written, RunError if the
+    run has nothing to write.
     """
     from simpletuner_layerprobe.run.article import export_article
     from simpletuner_layerprobe.run.table import export_table, is_table
 
-    if not is_table(file):
-        return export_article(run.data, file, tokens=tokens or run.reading, facts=facts)
+    if not isinstance(file, str | os.PathLike) or not is_table(file):
+        require_export(file, force=force)
+        return export_article(run.data, file, tokens=tokens or run.reading, facts=facts, force=force)
     if tokens or facts:
         raise ConfigError(
             f"{file} is a table, which has all readings and facts in columns of their own: leave them out"
         )
-    return export_table(run.data, file), 0
+    return export_table(run.data, file, force=force), 0
+
+
+def require_export(file: PathLike | BinaryIO, *, force: bool = False) -> None:
+    """Raises ConfigError for a name that `export` would not write."""
+    from simpletuner_layerprobe.run.article import RECORDS
+    from simpletuner_layerprobe.run.table import CSV, PARQUET
+
+    if isinstance(file, str | os.PathLike):
+        require_file(file, (*RECORDS, *CSV, *PARQUET), force=force)
 
 
 def _with_model(run: Run, model: Architecture) -> Manifest:

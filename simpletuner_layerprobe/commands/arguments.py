@@ -109,6 +109,13 @@ def add_wide(added: argparse._ActionsContainer) -> None:
     )
 
 
+def add_force(added: argparse.ArgumentParser, what: str = "a file") -> None:
+    """For every command that writes files; what: that it may find in its way."""
+    added.add_argument(
+        "--force", action="store_true", help=f"overwrite {what} that exists and does not say that layerprobe made it"
+    )
+
+
 def add_bins(added: argparse.ArgumentParser) -> None:
     added.add_argument(
         "--bins",

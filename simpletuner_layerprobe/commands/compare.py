@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from simpletuner_layerprobe.commands.arguments import Add, add_bins, add_preset, add_tokens, add_wide
+from simpletuner_layerprobe.commands.arguments import Add, add_bins, add_force, add_preset, add_tokens, add_wide
 from simpletuner_layerprobe.commands.output import LEFT, OK, RIGHT, print_json, print_table, print_text
 from simpletuner_layerprobe.files import write_files
 from simpletuner_layerprobe.show.words import capital, counted, share_text
+from simpletuner_layerprobe.targets import PAGE, require_file, require_folder
 
 if TYPE_CHECKING:
     from simpletuner_layerprobe.api.changes import Comparison, StreamComparison
@@ -33,9 +35,9 @@ def add_parser(add: Add) -> None:
     added.add_argument(
         "--out",
         metavar="FILE",
-        help="also make an HTML page: a file that ends in .html, or a folder for compare.html; one of the same name is "
-        "replaced",
+        help="also make an HTML page: a name that ends in .html, or a folder that exists for its compare.html",
     )
+    add_force(added)
     add_bins(added)
     add_tokens(added, "to compare")
     add_preset(added)
@@ -48,16 +50,15 @@ def command(arguments: argparse.Namespace) -> int:
     from simpletuner_layerprobe.api.options import WEIGHED
     from simpletuner_layerprobe.api.pages import comparison_page
 
+    out = None if arguments.out is None else _page_path(arguments.out, arguments.force)
     run_a, run_b = load(arguments.a), load(arguments.b)
     preset = arguments.preset or common_preset(run_a, run_b)
     comparison = compare(run_a, run_b, reading=arguments.tokens, bins=arguments.bins, preset=preset)
     options = {"reading": arguments.tokens, "bins": arguments.bins, "preset": preset, "direction": WEIGHED}
     decided = run_a.decided(**options) if comparison.factors else ()
-    out = None
-    if arguments.out is not None:
-        out = Path(arguments.out)
-        out = out if out.suffix == ".html" and not out.is_dir() else out / "compare.html"
-        write_files({out: comparison_page(run_a, run_b, comparison, decided).encode()}, force=True)
+    if out is not None:
+        write_files({out: comparison_page(run_a, run_b, comparison, decided).encode()}, force=arguments.force)
+        arguments.written = [out]
     if arguments.json:
         runs = {"a": str(run_a.path), "b": str(run_b.path), "preset": preset}
         print_json({**runs, "images": {"a": run_a.images, "b": run_b.images}, **as_json(comparison)})
@@ -73,6 +74,12 @@ def command(arguments: argparse.Namespace) -> int:
     if out is not None:
         print(f"written: {out}")
     return OK
+
+
+def _page_path(out: str, force: bool) -> Path:
+    if os.path.isdir(out):
+        return require_file(require_folder(out) / "compare.html", force=force)
+    return require_file(out, PAGE, force=force)
 
 
 def _print_paired(comparison: Comparison, wide: bool) -> None:

@@ -7,6 +7,7 @@ import argparse
 from simpletuner_layerprobe.commands.arguments import KNOWN_MODELS, Add
 from simpletuner_layerprobe.commands.imports import named_model
 from simpletuner_layerprobe.commands.output import OK
+from simpletuner_layerprobe.targets import require_new_folder
 
 
 def add_parser(add: Add) -> None:
@@ -38,7 +39,9 @@ def add_parser(add: Add) -> None:
 def command(arguments: argparse.Namespace) -> int:
     from simpletuner_layerprobe.api.records import import_records
 
+    require_new_folder(arguments.run)
     model = None if arguments.model is None else named_model(arguments)
     run = import_records(arguments.file, arguments.run, model=model, tokens=arguments.tokens)
+    arguments.written = [arguments.run]
     print(f"{run.counted} imported into {arguments.run}")
     return OK

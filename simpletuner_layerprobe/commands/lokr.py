@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from simpletuner_layerprobe.commands.arguments import (
     KNOWN_MODELS,
     Add,
+    add_force,
     add_precision,
     add_run,
     add_tokens,
@@ -22,7 +23,7 @@ from simpletuner_layerprobe.commands.imports import light, named_model
 from simpletuner_layerprobe.commands.lokr_output import Frozen, as_json, print_plan
 from simpletuner_layerprobe.commands.output import OK, print_json, warn, warn_of_samples
 from simpletuner_layerprobe.errors import ConfigError
-from simpletuner_layerprobe.files import require_free
+from simpletuner_layerprobe.targets import CONFIG, require_file
 
 if TYPE_CHECKING:
     from simpletuner_layerprobe.api.pages import Architecture, Plan, Run
@@ -137,7 +138,7 @@ def add_parser(add: Add) -> None:
         help="write the SimpleTuner environment config/NAME: its config.json, from the probe run's own, and its "
         "lycoris_config.json",
     )
-    added.add_argument("--force", action="store_true", help="overwrite files that exist")
+    add_force(added, "a config")
     add_wide(printed)
     added.add_argument(
         "--json", action="store_true", help="print one JSON object, with the config, in place of the table"
@@ -163,6 +164,7 @@ def command(arguments: argparse.Namespace) -> int:
         arguments.wrong_usage("--by ablation and --freeze least:N go by what was measured: give RUN")
     if arguments.by == ABLATION and arguments.tokens is not None:
         arguments.wrong_usage("--tokens chooses between readings of the angle: leave it out with --by ablation")
+    _require_target(arguments)
     reading = ABLATION if arguments.by == ABLATION else arguments.tokens
     model = None if arguments.model is None else named_model(arguments)
     run = None if arguments.run is None else load(arguments.run, model=model)
@@ -182,6 +184,7 @@ def command(arguments: argparse.Namespace) -> int:
         agreement = sure.least_agreement(least) if sure is not None and least else None
         frozen = Frozen(freeze, least, agreement, *_saved(of, made, reading=reading, **options))
     written, following = _write(arguments, run, made)
+    arguments.written = written
     if run is not None:
         warn_of_samples(run, reading, BINS)
         for name in run.contribution(reading).dropped:
@@ -228,6 +231,16 @@ def _saved(of: Run | Architecture, made: Plan, **options: Any) -> tuple[int | No
     return len(whole.intended) - len(made.intended), whole.parameters
 
 
+def _require_target(arguments: argparse.Namespace) -> None:
+    """Raise ConfigError, before any work is done, if what --out or --env name may not be written."""
+    from simpletuner_layerprobe.api.plans import free_environment
+
+    if arguments.out is not None:
+        require_file(arguments.out, CONFIG, force=arguments.force)
+    if arguments.env is not None:
+        free_environment(arguments.env, force=arguments.force)
+
+
 def _write(
     arguments: argparse.Namespace, run: Run | None, made: Plan, *, dry_run: bool = False
 ) -> tuple[list[str], str]:
@@ -243,7 +256,6 @@ def _write(
             warn(f"{name} starts a program and is left out of the new config; add it there yourself if it is yours")
         return [str(path) for path in trained.written], f"next: simpletuner train env={trained.name}"
     if arguments.out is not None:
-        require_free([arguments.out], force=arguments.force)
         if not dry_run:
             made.write(arguments.out, force=arguments.force)
         return [arguments.out], (

@@ -28,6 +28,7 @@ def command(arguments: argparse.Namespace) -> int:
     from simpletuner_layerprobe.api.records import merge
 
     sources = merge(arguments.runs, arguments.out)
+    arguments.written = [arguments.out]
     for source in sources:
         print(f"{source.path}: {counted(source.samples, 'sample')}")
         if source.skipped:

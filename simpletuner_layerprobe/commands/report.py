@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from simpletuner_layerprobe.commands.arguments import Add, add_bins, add_preset, add_run, add_tokens, chosen_run
+from simpletuner_layerprobe.commands.arguments import (
+    Add,
+    add_bins,
+    add_force,
+    add_preset,
+    add_run,
+    add_tokens,
+    chosen_run,
+)
 from simpletuner_layerprobe.commands.output import OK
 from simpletuner_layerprobe.errors import ConfigError
 from simpletuner_layerprobe.files import write_files
+from simpletuner_layerprobe.targets import PAGE, require_file
 
 
 def add_parser(add: Add) -> None:
@@ -16,11 +24,12 @@ def add_parser(add: Add) -> None:
         "report",
         command,
         "make one HTML page of everything a run shows",
-        "The page needs no network and opens from disk. A file of the same name is replaced.",
+        "The page needs no network and opens from disk. One that layerprobe made is replaced.",
         "layerprobe report output/sd35-probe/layerprobe --out report.html",
     )
     add_run(added)
     added.add_argument("--out", metavar="FILE", help="the page; default report.html in the run folder")
+    add_force(added)
     add_bins(added)
     add_tokens(added, "to show")
     add_preset(added)
@@ -33,8 +42,10 @@ def command(arguments: argparse.Namespace) -> int:
     run = load(chosen_run(arguments))
     if arguments.out is None and not run.path.is_dir():
         raise ConfigError(f"{run.path} is no folder that the page could lie in; name the page with --out")
+    place = run.path / "report.html"
+    out = require_file(place if arguments.out is None else arguments.out, PAGE, force=arguments.force, place=place)
     page = report(run, arguments.tokens, bins=arguments.bins, preset=arguments.preset)
-    out = Path(arguments.out) if arguments.out is not None else run.path / "report.html"
-    write_files({out: page.encode()}, force=True)
+    write_files({out: page.encode()}, force=arguments.force, place=place)
+    arguments.written = [out]
     print(out)
     return OK

@@ -8,12 +8,13 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from simpletuner_layerprobe.commands.arguments import Add, add_wide, amount_of_parameters, within
+from simpletuner_layerprobe.commands.arguments import Add, add_force, add_wide, amount_of_parameters, within
 from simpletuner_layerprobe.commands.imports import light
 from simpletuner_layerprobe.commands.lokr import MAX_CONTRAST
 from simpletuner_layerprobe.commands.output import LEFT, OK, RIGHT, print_json, print_table, warn
 from simpletuner_layerprobe.commands.trial_output import as_json, print_trial
 from simpletuner_layerprobe.show.words import counted
+from simpletuner_layerprobe.targets import require_new_folder
 
 if TYPE_CHECKING:
     from simpletuner_layerprobe.trial.settings import Trial
@@ -47,6 +48,7 @@ def add_parser(add: Add) -> None:
     report = parts.add_parser("report", help="compare the arms, as far as they are trained")
     report.add_argument("folder", metavar="DIR", help="folder of a trial")
     report.add_argument("--out", metavar="FILE", help="the page; default DIR/report.html")
+    add_force(report)
     report.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
     add_wide(report)
     for part, run_part in (("new", _new), ("run", _run), ("report", _report)):
@@ -114,6 +116,7 @@ def _new(arguments: argparse.Namespace) -> int:
     from simpletuner_layerprobe.api.plans import programs
     from simpletuner_layerprobe.trial.make import Wish, new_trial
 
+    require_new_folder(arguments.folder)
     run = load(arguments.run)
     wish = Wish(
         parameters=arguments.params,
@@ -126,6 +129,7 @@ def _new(arguments: argparse.Namespace) -> int:
     )
     with light("lycoris", arguments):
         trial = new_trial(Path(arguments.folder), run, wish)
+    arguments.written = [arguments.folder]
     rows = [(arm.name, f"{arm.parameters:,}", arm.note) for arm in trial.arms]
     print_table(("arm", "parameters", ""), rows, LEFT + RIGHT + LEFT)
     print(_work_ahead(trial))
@@ -164,12 +168,14 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from simpletuner_layerprobe.trial.report import judged, write_page
+    from simpletuner_layerprobe.trial.report import judged, page_path, write_page
     from simpletuner_layerprobe.trial.settings import Trial
 
     trial = Trial.load(arguments.folder)
+    page = page_path(trial, arguments.out, force=arguments.force)
     judgement, facts = judged(trial)
-    page = write_page(trial, judgement, facts, arguments.out)
+    write_page(page, judgement, facts, force=arguments.force)
+    arguments.written = [page]
     if arguments.json:
         print_json(as_json(facts, judgement))
         return OK

@@ -11,7 +11,7 @@ import importlib.metadata
 import importlib.util
 import io
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from functools import cache
 from importlib.abc import InspectLoader
@@ -35,10 +35,14 @@ def adapters_on(config: Mapping[str, Any], model: nn.Module) -> list[tuple[nn.Mo
 
     Raises ConfigError, with LyCORIS's own words, if it refuses.
     """
+    loras = built_on(config, model)
+    return list(zip((lora.org_module[0] for lora in loras), adapters_of(loras), strict=True))
+
+
+def adapters_of(loras: Iterable[Any]) -> list[Adapter]:
+    """What LyCORIS's own modules train, one for one."""
     algorithms = {made: algo for algo, made in reversed(fresh_wrapper().network_module_dict.items())}
-    return [
-        (lora.org_module[0], _adapter(lora, algorithms.get(type(lora), "norm"))) for lora in built_on(config, model)
-    ]
+    return [_adapter(lora, algorithms.get(type(lora), "norm")) for lora in loras]
 
 
 def tensors_on(config: Mapping[str, Any], model: nn.Module) -> dict[str, tuple[nn.Module, dict[str, tuple[int, ...]]]]:

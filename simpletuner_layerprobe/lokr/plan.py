@@ -191,7 +191,8 @@ class Plan:
         return replace(self, check=check)
 
     def write(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
-        """Write the LyCORIS config, complete or not at all. Raises ConfigError if the file exists, unless `force`."""
+        """Write the LyCORIS config, complete or not at all. Raises ConfigError if the file exists, unless `force`,
+        and where nothing is ever written (docs/run-folder.md)."""
         write_files({Path(path): json_bytes(self.config())}, force=force)
 
     def files(self) -> dict[str, bytes]:

@@ -20,7 +20,7 @@ from simpletuner_layerprobe.lokr.factors import AUTO_FACTOR
 from simpletuner_layerprobe.lokr.form import check_form, check_matching_ends
 from simpletuner_layerprobe.lokr.groups import Model
 from simpletuner_layerprobe.lokr.meaning import reading
-from simpletuner_layerprobe.lokr.network import adapters_on, lycoris_version
+from simpletuner_layerprobe.lokr.network import adapters_of, adapters_on, lycoris_version
 from simpletuner_layerprobe.lokr.notes import notes_of, unmatched
 from simpletuner_layerprobe.lokr.skeleton import skeleton
 from simpletuner_layerprobe.lokr.stops import stops_of
@@ -64,6 +64,25 @@ def check_config(
         raise ConfigError("the run has no module table (it was imported without --model); name the model with --model")
     check_form(config, where)
     check_matching_ends(config, model.modules, where)
+    return _compare(config, _meant(config, model), model)
+
+
+def check_network(
+    config: Mapping[str, Any], model: Model, loras: Mapping[str, Any], *, where: str = "the config"
+) -> Check:
+    """The same for a network of LyCORIS's that is there already, in a training.
+
+    loras: name of a module of the model -> LyCORIS's own module on it. Raises ConfigError for a config that
+    `check_config` refuses.
+    """
+    check_form(config, where)
+    trained = {name: lora for name, lora in loras.items() if any(True for _ in lora.parameters())}
+    got = dict(zip(trained, adapters_of(trained.values()), strict=True))
+    return _checked(config, _meant(config, model), got, model)
+
+
+def _meant(config: Mapping[str, Any], model: Model) -> dict[str, Adapter]:
+    """Name of a module -> the adapter that the config's author must have meant for it."""
     intended: dict[str, Adapter] = {}
     built: dict[tuple[str, tuple[int, ...], str], Adapter | None] = {}
     for module, settings in reading(config, model):
@@ -73,7 +92,7 @@ def check_config(
         adapter = built[key]
         if adapter is not None:
             intended[module.name] = adapter
-    return _compare(config, intended, model)
+    return intended
 
 
 def _written_twice(path: str | os.PathLike[str]) -> list[str]:
@@ -94,7 +113,14 @@ def _compare(config: Mapping[str, Any], intended: Mapping[str, Adapter], model: 
     """What LyCORIS builds, as SimpleTuner would get it, beside what was meant."""
     built = skeleton(model.modules, model.model_class)
     names = {id(module): name for name, module in built.named_modules()}
-    got = {names[id(module)]: adapter for module, adapter in adapters_on(config, built)}
+    return _checked(
+        config, intended, {names[id(module)]: adapter for module, adapter in adapters_on(config, built)}, model
+    )
+
+
+def _checked(
+    config: Mapping[str, Any], intended: Mapping[str, Adapter], got: Mapping[str, Adapter], model: Model
+) -> Check:
     rows = rows_of(model.modules, intended, got)
     notes = notes_of(config, model, rows)
     return Check(rows, unmatched(config, model), notes, lycoris_version(), stops=stops_of(config, rows))

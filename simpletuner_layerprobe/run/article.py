@@ -9,22 +9,25 @@ import bz2
 import gzip
 import json
 import math
+import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 
 from simpletuner_layerprobe.errors import ConfigError, RunError
 from simpletuner_layerprobe.readings import TOKENS
 from simpletuner_layerprobe.run.article_lines import FACT_KEYS, RECORD_KEYS, article_manifest, read_records
-from simpletuner_layerprobe.run.folder import RunPath, free_target, new_folder, write_new_file
+from simpletuner_layerprobe.run.folder import RunPath, new_folder, write_new_file
 from simpletuner_layerprobe.run.load import RunData, load_run
 from simpletuner_layerprobe.run.manifest import Module, Stream, Target, create_run
 from simpletuner_layerprobe.run.records import RecordWriter
 from simpletuner_layerprobe.run.rows import UNKNOWN
+from simpletuner_layerprobe.targets import require_file
 
+RECORDS = (".jsonl", ".jsonl.gz", ".jsonl.bz2")
 # How a fact stands in a record; the others as whole numbers.
 _AS_JSON: dict[str, Callable[[Any], Any]] = {"image": "{:016x}".format, "dropped": bool, "backend": str}
 
@@ -49,10 +52,9 @@ def import_article(
     Raises RunError, with the line's number, for the first line that is not such a record, and if the model has another
     number of blocks.
     """
-    target = free_target(run_dir, "import into")
     known = {"family": family, "flavour": flavour, "model_class": model_class, "targets": tuple(targets)}
     known |= {"streams": tuple(streams), "modules": tuple(modules)}
-    with new_folder(target) as staging:
+    with new_folder(run_dir) as staging:
         writer: RecordWriter | None = None
         for rows in read_records(Path(source), tokens):
             if writer is None:
@@ -64,18 +66,20 @@ def import_article(
     return load_run(run_dir)
 
 
-def export_article(run: RunData, file: RunPath, tokens: str = "last", facts: bool = False) -> tuple[int, int]:
+def export_article(
+    run: RunData, file: RunPath | BinaryIO, tokens: str = "last", facts: bool = False, *, force: bool = False
+) -> tuple[int, int]:
     """Write the run's samples as records; returns (written, skipped).
 
-    file: a name that is free; one that ends in .gz or .bz2 is compressed. tokens: the reading to write. facts: whether
+    file: one that ends in .gz or .bz2 is compressed; or an open file. tokens: the reading to write. facts: whether
     to write what is known of FACT_KEYS too, the image as the 16 hex digits of its hash.
     Every number is written so that reading it back gives the same float64. A sample with a distance that is not
     finite cannot be a record and is skipped. A run without a text stream gives records without
     `encoder_hidden_states`.
     Raises RunError if the run has not this reading, no image stream, a stream that the format does not know, or no
-    sample to write, or if `file` exists; the file is complete or absent.
+    sample to write, ConfigError for a name that may not be written (`require_file`); the file is complete or absent.
     """
-    path = Path(file)
+    path = require_file(file, force=force) if isinstance(file, str | os.PathLike) else None
     run.manifest.stream("image")
     unknown = [name for name in run.streams if name not in RECORD_KEYS]
     if unknown:
@@ -92,7 +96,7 @@ def export_article(run: RunData, file: RunPath, tokens: str = "last", facts: boo
         raise RunError(f"{run.path}: none of its {run.samples} samples has finite distances; nothing to export")
 
     def write(raw: BinaryIO) -> None:
-        with compressed(raw, path.suffix) as out:
+        with compressed(raw, path) as out:
             for sample in np.flatnonzero(finite_N).tolist():
                 record: dict[str, Any] = {"timestep": float(run.sigma[sample])}
                 for name, distance_NL in distances.items():
@@ -101,21 +105,25 @@ def export_article(run: RunData, file: RunPath, tokens: str = "last", facts: boo
                     record |= _known_facts(run, sample)
                 out.write(json.dumps(record).encode() + b"\n")
 
-    write_export(path, write)
+    if path is None:
+        write(cast("BinaryIO", file))
+    else:
+        write_export(path, write, force=force)
     written = int(finite_N.sum())
     return written, run.samples - written
 
 
-def write_export(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """`write_new_file`, with a RunError for a name that is taken."""
+def write_export(path: Path, write: Callable[[BinaryIO], object], *, force: bool) -> None:
+    """`write_new_file`, with a RunError for a name that somebody else took in the meantime."""
     try:
-        write_new_file(path, write)
+        write_new_file(path, write, replace=force)
     except FileExistsError:
-        raise RunError(f"{path} exists already; export to another name") from None
+        raise RunError(f"{path} exists by now; export to another name") from None
 
 
-def compressed(raw: BinaryIO, suffix: str) -> AbstractContextManager[Any]:
-    """A file that writes into `raw` and leaves it open at its end; the same records give the same bytes."""
+def compressed(raw: BinaryIO, path: Path | None) -> AbstractContextManager[Any]:
+    """A file that writes into `raw`, to be named `path`, and leaves it open; the same records give the same bytes."""
+    suffix = path.suffix.lower() if path else ""
     if suffix == ".gz":
         return gzip.GzipFile(filename="", mode="wb", compresslevel=6, fileobj=raw, mtime=0)
     if suffix == ".bz2":

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from simpletuner_layerprobe.errors import RunError
+from simpletuner_layerprobe.targets import require_new_folder
 
 RunPath = str | os.PathLike[str]
 
@@ -43,14 +44,14 @@ def plain_file_size(path: Path) -> int:
     return status.st_size
 
 
-def write_new_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
+def write_new_file(path: Path, write: Callable[[BinaryIO], object], *, replace: bool = False) -> None:
     """Create the file `path` from what `write` puts into a temporary file beside it: complete, or not at all.
 
-    Raises FileExistsError if `path` exists (it is left as it is) and RunError if the system refuses; the
-    temporary file is gone in either case.
+    Raises FileExistsError if `path` exists (it is left as it is, unless `replace`) and RunError if the system refuses;
+    the temporary file is gone in either case.
     """
     temporary = path.with_name(temporary_name())
-    if os.path.lexists(path):  # said before the work is done; _publish has the last word
+    if os.path.lexists(path) and not replace:  # said before the work is done; _publish has the last word
         raise FileExistsError(f"{path} exists")
     try:
         try:
@@ -58,7 +59,7 @@ def write_new_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
-            _publish(temporary, path)
+            (os.replace if replace else _publish)(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
         sync_folder(path.parent)
@@ -78,30 +79,26 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def free_target(run_dir: RunPath, verb: str) -> Path:
-    """Where `run_dir` is. Raises RunError ("... `verb` a new one") unless it is free or an empty folder."""
-    target = Path(run_dir).resolve()
-    try:
-        taken = os.path.lexists(target) and (not target.is_dir() or bool(os.listdir(target)))
-    except OSError as error:
-        raise RunError(f"cannot look into {run_dir}: {error.strerror}") from None
-    if taken:
-        raise RunError(f"{run_dir} exists already and is not an empty folder; {verb} a new one")
-    return target
-
-
 @contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """A temporary path beside `target`: the folder made there becomes `target`, or goes after an error."""
+def new_folder(run_dir: RunPath) -> Iterator[Path]:
+    """A temporary folder beside `run_dir`, which becomes it, or goes after an error.
+
+    Raises ConfigError, before anything is done, where no folder may be made (`require_new_folder`). An error's text
+    names `run_dir` where it named the temporary folder.
+    """
+    target = require_new_folder(run_dir)
     missing_parents = [parent for parent in target.parents if not os.path.exists(parent)]
     staging = target.with_name(temporary_name())
     try:
-        yield staging
         try:
+            staging.mkdir(parents=True)
+            yield staging
             os.rename(staging, target)  # takes the place of an empty folder, refuses any other
             sync_folder(target.parent)
+        except RunError as error:
+            raise RunError(str(error).replace(str(staging), str(run_dir))) from None
         except OSError as error:
-            raise RunError(f"cannot make the run folder {target}: {error.strerror}") from None
+            raise RunError(f"cannot make the run folder {run_dir}: {error.strerror}") from None
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         for parent in missing_parents:  # the deepest first

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 from simpletuner_layerprobe.errors import RunError
-from simpletuner_layerprobe.run.folder import RunPath, free_target, new_folder, plain_file_size, write_new_file
+from simpletuner_layerprobe.run.folder import RunPath, new_folder, plain_file_size, write_new_file
 from simpletuner_layerprobe.run.manifest import MAX_MANIFEST_BYTES, create_run, new_run_id, read_manifest, run_folder
 from simpletuner_layerprobe.run.records import stream_files
 from simpletuner_layerprobe.run.stream_file import StreamFile, file_name, new_start
+from simpletuner_layerprobe.targets import require_new_folder
 
 CONFIG_NAME = "config.json"
 _PIECE_BYTES = 16 * 1024 * 1024
@@ -35,19 +36,17 @@ class Source:
 def merge(run_dirs: Sequence[RunPath], out_dir: RunPath) -> list[Source]:
     """Make the run `out_dir` of all samples of these runs, each once; all of it, or nothing is left behind.
 
-    out_dir: a name that is free, or an empty folder, and not inside one of the runs, which stay as they are. Its
+    out_dir: a name that is free, or an empty folder, and not inside a run; the runs stay as they are. Its
     manifest and config.json are the first run's, with a run id of its own. Of a file that is in several runs the
     longest is taken. Returns a Source per run. Raises RunError if the runs differ in what decides the recorded numbers
     (naming the differences), have no samples, or are damaged.
     """
-    target = free_target(out_dir, "merge into")
+    require_new_folder(out_dir)
     paths = [run_folder(path) for path in run_dirs]
     if len(paths) < 2:
         raise RunError(f"there is {len(paths)} run to merge into {out_dir}; expected at least two")
     manifests = [read_manifest(path) for path in paths]
     for path, manifest in zip(paths, manifests, strict=True):
-        if path.resolve() in target.parents:
-            raise RunError(f"{target} is inside the run {path}; merge into a folder outside of it")
         difference = manifests[0].difference(manifest)
         if difference:
             raise RunError(
@@ -61,7 +60,7 @@ def merge(run_dirs: Sequence[RunPath], out_dir: RunPath) -> list[Source]:
             taken[stream_file.key] = stream_file
     if not taken:
         raise RunError(f"none of the runs to merge into {out_dir} has samples; let the probe run record some")
-    with new_folder(target) as staging:
+    with new_folder(out_dir) as staging:
         manifest = create_run(staging, replace(manifests[0], run_id=new_run_id()))
         for stream_file in taken.values():
             name = stream_file.path.name

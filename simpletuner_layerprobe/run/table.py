@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import BinaryIO
 
 from simpletuner_layerprobe.errors import RunError
 from simpletuner_layerprobe.run.article import compressed, write_export
 from simpletuner_layerprobe.run.folder import RunPath
 from simpletuner_layerprobe.run.load import RunData
+from simpletuner_layerprobe.targets import require_file
 
 CSV = (".csv", ".csv.gz", ".csv.bz2")
 PARQUET = (".parquet",)
@@ -21,14 +21,15 @@ def is_table(file: RunPath) -> bool:
     return str(file).lower().endswith((*CSV, *PARQUET))
 
 
-def export_table(run: RunData, file: RunPath) -> int:
-    """Write `run.to_pandas()` into a file whose name is free and ends in .csv, .csv.gz, .csv.bz2 or .parquet.
+def export_table(run: RunData, file: RunPath, *, force: bool = False) -> int:
+    """Write `run.to_pandas()` into a file whose name ends in .csv, .csv.gz, .csv.bz2 or .parquet.
 
     Returns the samples written. Facts that are not known are empty (null). In CSV a distance of NaN is empty too, and a
     backend that begins with one of FORMULA has a "'" put before it.
-    Raises RunError if the run has no samples or `file` exists; the file is complete or absent.
+    Raises RunError if the run has no samples, ConfigError for a name that may not be written (`require_file`); the
+    file is complete or absent.
     """
-    path = Path(file)
+    path = require_file(file, (*CSV, *PARQUET), force=force)
     if not run.samples:
         raise RunError(f"{run.path} has no samples; let the probe run record some, or import a file")
     table = run.to_pandas()
@@ -39,8 +40,8 @@ def export_table(run: RunData, file: RunPath) -> int:
             return
         risky = table["backend"].str.startswith(FORMULA).fillna(False)
         table["backend"] = table["backend"].mask(risky, "'" + table["backend"])
-        with compressed(raw, path.suffix.lower()) as out:
+        with compressed(raw, path) as out:
             table.to_csv(out, index=False, lineterminator="\n")
 
-    write_export(path, write)
+    write_export(path, write, force=force)
     return run.samples

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping, Sequence
+from zipfile import ZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,20 @@ from simpletuner_layerprobe.analyse.contribution import Contribution, article_co
 from simpletuner_layerprobe.analyse.heatmap import Heatmap, PairHeatmap, bin_edges, combined
 from simpletuner_layerprobe.errors import ProbeError
 from simpletuner_layerprobe.show.figures import COMBINED_TITLE, factor_figure, heatmap_figure, pairs_figure
+from simpletuner_layerprobe.targets import ARCHIVE_COMMENT
+
+ARTICLE_FIGURES = ("figure1_streams", "figure2_combined", "figure3_factors")
+ARTICLE_ARRAYS = "heatmap.npz"
+
+
+def article_names(file_format: str) -> list[str]:
+    """The names of what `article_files` can give, which is not all of it for every run."""
+    return [*(f"{name}.{file_format}" for name in ARTICLE_FIGURES), ARTICLE_ARRAYS]
+
+
+def reading_names(kind: str, file_format: str) -> list[str]:
+    """The names of what `reading_files` gives, and with "pairs" `pairs_files`."""
+    return [f"{kind}.{file_format}", f"{kind}.npz"]
 
 
 def article_files(
@@ -29,14 +44,15 @@ def article_files(
     look: samples, model and file_format, here and below.
     """
     arrays, ending = dict(streams), look["file_format"]
-    files = {f"figure1_streams.{ending}": heatmap_figure(tuple(streams.values()), **look)}
+    by_stream, mean, by_block, npz = article_names(ending)
+    files = {by_stream: heatmap_figure(tuple(streams.values()), **look)}
     problem = ""
     try:
         if len(streams) > 1:
             arrays["combined"] = combined(streams)
-            files[f"figure2_combined.{ending}"] = heatmap_figure((arrays["combined"],), title=COMBINED_TITLE, **look)
+            files[mean] = heatmap_figure((arrays["combined"],), title=COMBINED_TITLE, **look)
         contribution = article_contributions(streams)
-        files[f"figure3_factors.{ending}"] = factor_figure(
+        files[by_block] = factor_figure(
             contribution.blocks,
             factors(contribution),
             contribution.value_L.tolist() if parameters is None else parameters,
@@ -48,25 +64,27 @@ def article_files(
         )
     except ProbeError as error:
         problem = str(error)
-    return files | {"heatmap.npz": _npz(heatmap_arrays(arrays))}, problem
+    return files | {npz: _npz(heatmap_arrays(arrays))}, problem
 
 
 def reading_files(kind: str, streams: Mapping[str, Heatmap], **look: str) -> dict[str, bytes]:
     """The figure and the arrays of a further reading of single blocks; kind: the files' name."""
     figure = heatmap_figure(tuple(streams.values()), **look)
-    return {f"{kind}.{look['file_format']}": figure, f"{kind}.npz": _npz(heatmap_arrays(streams))}
+    return dict(zip(reading_names(kind, look["file_format"]), (figure, _npz(heatmap_arrays(streams))), strict=True))
 
 
 def pairs_files(pairs: Mapping[str, PairHeatmap], **look: str) -> dict[str, bytes]:
     """The figure and the arrays of the distances over several blocks in a row."""
     figure = pairs_figure(tuple(pairs.values()), **look)
-    return {f"pairs.{look['file_format']}": figure, "pairs.npz": _npz(pairs_arrays(pairs))}
+    return dict(zip(reading_names("pairs", look["file_format"]), (figure, _npz(pairs_arrays(pairs))), strict=True))
 
 
 def _npz(arrays: Mapping[str, NDArray[np.generic]]) -> bytes:
-    """An .npz file without pickled objects; `numpy.load` reads it as it is."""
+    """An .npz file without pickled objects, which says who made it; `numpy.load` reads it as it is."""
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)  # type: ignore[arg-type]
+    with ZipFile(buffer, "a") as archive:
+        archive.comment = ARCHIVE_COMMENT
     return buffer.getvalue()
 
 

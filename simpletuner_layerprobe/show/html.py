@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simpletuner_layerprobe import __version__
+from simpletuner_layerprobe.targets import MAKER
 
 _SCALE = (
     "<div class='controls'><fieldset><legend>Scale</legend><div class='seg'>"
@@ -82,6 +83,7 @@ def html_page(
         "parts": body,
         "foot": escape(foot),
         "version": escape(__version__),
+        "maker": MAKER,
         "data": script_json(data),
         "style": _template("page.css"),
         "script": _template("page.js"),

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from simpletuner_layerprobe.targets import MAKER
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -82,8 +84,8 @@ def head(figure: Figure, title: str, facts: Sequence[str]) -> None:
 
 
 def rendered(figure: Figure, file_format: str) -> bytes:
-    """The figure as PNG (PIXELS_PER_INCH) or SVG, without dates or versions in it."""
-    metadata = {"Software": None} if file_format == "png" else {"Date": None, "Creator": None}
+    """The figure as PNG (PIXELS_PER_INCH) or SVG, which says who made it, without dates or versions in it."""
+    metadata = {"Software": MAKER} if file_format == "png" else {"Date": None, "Creator": MAKER}
     buffer = io.BytesIO()
     figure.savefig(buffer, format=file_format, dpi=PIXELS_PER_INCH, metadata=metadata)
     return buffer.getvalue()

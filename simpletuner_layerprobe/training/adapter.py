@@ -56,21 +56,27 @@ class AdapterFile:
             ) from None
         return cls(file, sha256, shapes, metadata)
 
-    def require(self, expected: Shapes, made_by: str) -> None:
-        """Raises ConfigError, naming a tensor, if the file does not have these. made_by: what wants them."""
-        unknown = [key for key in self.shapes if key not in expected]
-        missing = [key for key in expected if key not in self.shapes]
-        other = [key for key in expected if key in self.shapes and self.shapes[key] != expected[key]]
+    @staticmethod
+    def differences(expected: Shapes, shapes: Shapes) -> list[str]:
+        """How the tensors of a file differ from those that are expected: at most three clauses, each names one."""
+        unknown = [key for key in shapes if key not in expected]
+        missing = [key for key in expected if key not in shapes]
+        other = [key for key in expected if key in shapes and shapes[key] != expected[key]]
         problems = []
         if unknown:
-            problems.append(f"{len(unknown)} of its {len(self.shapes)} tensors are not in it, such as {unknown[0]}")
+            problems.append(f"{len(unknown)} of its {len(shapes)} tensors are not in it, such as {unknown[0]}")
         if missing:
             problems.append(f"{len(missing)} of its {len(expected)} are not in the file, such as {missing[0]}")
         if other:
             key = other[0]
             problems.append(
-                f"{len(other)} have another shape, such as {key}: {self.shapes[key]} in the file, {expected[key]} here"
+                f"{len(other)} have another shape, such as {key}: {shapes[key]} in the file, {expected[key]} here"
             )
+        return problems
+
+    def require(self, expected: Shapes, made_by: str) -> None:
+        """Raises ConfigError, naming a tensor, if the file does not have these. made_by: what wants them."""
+        problems = self.differences(expected, self.shapes)
         if problems:
             raise ConfigError(
                 f"layerprobe_adapter: {self.path} does not fit {made_by}: {'; '.join(problems)}; it must be an adapter "

@@ -13,11 +13,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from simpletuner_layerprobe.errors import ConfigError
-from simpletuner_layerprobe.files import json_bytes, read_object, require_free, write_files
+from simpletuner_layerprobe.files import json_bytes, read_object, write_files
+from simpletuner_layerprobe.targets import require_file, require_folder
 
 OPTIONS_NAME = "config.json"
 DEFAULT_OUTPUT_PARENT = "output"
 PROGRAM_OPTIONS = ("post_checkpoint_script", "post_upload_script", "validation_external_script", "disk_low_script")
+GUARD = "layerprobe_guard"
+"""The one option of this package that a training has."""
 
 # SimpleTuner looks for an environment in config/NAME, but takes a name with a dot in it for a file and
 # "default" for config/config.json itself.
@@ -72,31 +75,37 @@ def environment(
 ) -> Environment:
     """Write CONFIG_DIR/NAME: config.json, the probe's with the options that train the plan, and the plan's files.
 
-    options: the probe run's own (`read_options`), keys with or without leading dashes. Every layerprobe option and
-    those that start programs go; those of the plan and output_dir (beside the probe's, called NAME) are set; all else
-    stays. All files are written or none. dry_run: write nothing. Raises ConfigError for a name that SimpleTuner does
-    not find, for files that exist (unless `force`), and if the output_dir would be the probe's own.
+    options: the probe run's own (`read_options`), keys with or without leading dashes. The probe's and those that start
+    programs go; those of the plan and output_dir (beside the probe's, called NAME) are set; all else stays. All
+    files are written or none. dry_run: write nothing. Raises ConfigError for a name that SimpleTuner does not find, for
+    files that exist (unless `force`), and if the output_dir would be the probe's own.
     """
-    folder = _free_folder(name, config_dir, force)
+    folder = free_environment(name, config_dir, force=force)
     output_dir = _sibling_output_dir(options, name)
     own = {**trained.options(folder.as_posix()), "output_dir": output_dir}
     # config.json last: without it the folder is no environment, so one that was cut short is not trained with.
     contents = {**trained.files(), OPTIONS_NAME: json_bytes(changed_options(options, own))}
     made = Environment(name, folder, output_dir, tuple(folder / file for file in reversed(contents)))
-    require_free(made.written, force=force)
+    for path in made.written:
+        require_file(path, force=force)
     if not dry_run:
         write_files({folder / file: data for file, data in contents.items()}, force=force)
     return made
 
 
-def _free_folder(name: str, config_dir: str | os.PathLike[str], force: bool) -> Path:
-    """The folder of a new environment. Raises ConfigError for a name or a folder that SimpleTuner would not read."""
+def free_environment(name: str, config_dir: str | os.PathLike[str] = "config", *, force: bool = False) -> Path:
+    """The folder of a new environment.
+
+    Raises ConfigError for a name or a folder that SimpleTuner would not read, for one that has a config.json (unless
+    `force`), and for one that may not be written (`require_folder`).
+    """
     if not _ENVIRONMENT_NAME.fullmatch(name) or name in _RESERVED_NAMES:
         raise ConfigError(
             f"{name!r} cannot name a SimpleTuner environment; use letters, digits, '-', '_' and '+', "
             "no leading '-' or '+', and not 'default' (SimpleTuner takes a name with a dot for a file)"
         )
-    folder = Path(config_dir) / name
+    folder = require_folder(Path(config_dir) / name)
+    require_file(folder / OPTIONS_NAME, force=force)
     for other in _OTHER_OPTIONS_NAMES:
         if (folder / other).exists() and not force:
             raise ConfigError(
@@ -129,12 +138,12 @@ def option(options: Mapping[str, Any], name: str) -> Any:
 
 
 def changed_options(options: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """The options without layerprobe's, and with `own` in the place and spelling that the user gave them; None goes."""
+    """The options without the probe's, and with `own` in the place and spelling that the user gave them; None goes."""
     written: dict[str, Any] = {}
     left = dict(own)
     for key, value in options.items():
         bare = _bare(key)
-        if bare.startswith("layerprobe") or bare in PROGRAM_OPTIONS:
+        if (bare.startswith("layerprobe") and bare != GUARD) or bare in PROGRAM_OPTIONS:
             continue
         if bare not in own:
             written[key] = value

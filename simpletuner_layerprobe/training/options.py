@@ -12,6 +12,7 @@ from simpletuner_layerprobe.run.manifest import FOLDER_NAME
 
 SIGMA_MODES = ("uniform", "stratified", "training")
 ABLATION_MODES = ("none", "blocks", "text", "both")
+GUARD_MODES = ("off", "warn", "stop")
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,16 @@ OPTIONS = (
         "Write the samples recorded so far to disk every so many seconds. A crash loses at most these.",
         step=0.1,
     ),
+    Option(
+        "layerprobe_guard",
+        "Guard of adapters",
+        "SELECT",
+        "warn",
+        "For a normal training of a LoRA or LyCORIS adapter: compare what was really built with its config before the "
+        "first step, and when it resumes with the checkpoint's adapter. warn: say it. stop: end the training if "
+        "something is not as written.",
+        (("off", "Do not look"), ("warn", "Say what is otherwise"), ("stop", "Stop if anything is otherwise")),
+    ),
 )
 
 
@@ -224,6 +235,11 @@ class ProbeSettings:
             adapter=_file(config.layerprobe_adapter),
             noise_seed=_noise_seed(config.layerprobe_noise_seed, config.layerprobe_sigmas),
         )
+
+
+def guard_mode(config: Any) -> str:
+    """What layerprobe_guard is: one of GUARD_MODES. Raises ConfigError."""
+    return _choice("layerprobe_guard", config.layerprobe_guard, GUARD_MODES)
 
 
 def _choice(name: str, value: object, choices: tuple[str, ...]) -> str:

@@ -23,6 +23,7 @@ from typing import Any
 FOLDER_VARIABLE = "SIMPLETUNER_LAYERPROBE_PROCESSES"
 LAST_LINE = "last-line"
 ENDED = "ended"
+REFUSED = "refused"
 STOP_SECONDS = 600.0
 
 _pending: list[str] = []
@@ -40,6 +41,13 @@ def announce() -> None:
     folder = os.environ.get(FOLDER_VARIABLE)
     if folder and os.path.isdir(folder):
         Path(folder, str(os.getpid())).touch()
+
+
+def refused() -> None:
+    """In a training process: its error is one of this package, and has been said in one line."""
+    folder = os.environ.get(FOLDER_VARIABLE)
+    if folder and os.path.isdir(folder):
+        Path(folder, REFUSED).touch()
 
 
 def last_line(text: str) -> None:
@@ -131,7 +139,7 @@ def _ask_before_ending(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def install_accelerate(module: Any) -> None:
-    """In `accelerate launch`: it outlives a SIGTERM, and prints no traceback below the error of a probe-only run."""
+    """In `accelerate launch`: it outlives a SIGTERM, and prints no traceback below an error that is one line."""
     folder = os.environ.get(FOLDER_VARIABLE)
     if folder is None:
         return
@@ -148,7 +156,7 @@ def install_accelerate(module: Any) -> None:
         try:
             original(*args, **kwargs)
         except subprocess.CalledProcessError as error:
-            if not announced(folder):
+            if not announced(folder) and not os.path.exists(os.path.join(folder, REFUSED)):
                 raise
             sys.exit(error.returncode if error.returncode > 0 else 1)
 

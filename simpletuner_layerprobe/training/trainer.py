@@ -25,8 +25,8 @@ from simpletuner_layerprobe.probe.blocks import discover
 from simpletuner_layerprobe.probe.fingerprint import fingerprint
 from simpletuner_layerprobe.probe.modules import module_table
 from simpletuner_layerprobe.probe.wrappers import unwrapped
-from simpletuner_layerprobe.training import adapter, cpu, given, loop, overrides, signals
-from simpletuner_layerprobe.training.options import ProbeSettings
+from simpletuner_layerprobe.training import adapter, cpu, given, guard, loop, overrides, signals
+from simpletuner_layerprobe.training.options import ProbeSettings, guard_mode
 from simpletuner_layerprobe.training.seams import SEAMS, missing_seams, simpletuner_version
 from simpletuner_layerprobe.training.session import Session, Watcher
 
@@ -49,12 +49,16 @@ Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
 WRAPPERS: dict[str, Wrapper] = {}
 
 
-def install(module: Any, watchers_of: WatchersOf) -> None:
-    """Wrap the Trainer of `simpletuner.helpers.training.trainer`. If a seam is missing, only refuse the flag."""
+def install(module: Any, watchers_of: WatchersOf, verdicts: Callable[[], guard.Verdicts]) -> None:
+    """Wrap the Trainer of `simpletuner.helpers.training.trainer`. If a seam is missing, only refuse the flag.
+
+    verdicts: gives what the guard of normal trainings asks.
+    """
     sys.excepthook = one_line_errors(sys.excepthook)
     cpu.install_pin_memory_fallback()
     trainer_class = module.Trainer
     trainer_class.layerprobe_watchers_of = staticmethod(watchers_of)
+    trainer_class.layerprobe_verdicts = staticmethod(verdicts)
     missing = missing_seams(trainer_class)
     if missing:
         trainer_class.__init__ = _refusing(trainer_class.__init__, missing)
@@ -70,7 +74,7 @@ def uninstall(module: Any) -> None:
         method = getattr(trainer_class, name, None)
         if method is not None and getattr(method, "layerprobe", False):
             setattr(trainer_class, name, method.__wrapped__)
-    del trainer_class.layerprobe_watchers_of
+    del trainer_class.layerprobe_watchers_of, trainer_class.layerprobe_verdicts
     if getattr(sys.excepthook, "layerprobe", False):
         sys.excepthook = vars(sys.excepthook)["__wrapped__"]
     cpu.uninstall_pin_memory_fallback()
@@ -97,6 +101,7 @@ def one_line_errors(original: Any) -> Any:
     def excepthook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
         if isinstance(error, ProbeError):
             print(f"layerprobe: error: {error}", file=sys.stderr, flush=True)
+            signals.refused()
         else:
             original(kind, error, trace)
 
@@ -109,10 +114,14 @@ def session_of(trainer: Any) -> Session | None:
     return trainer.__dict__.get("layerprobe_session")
 
 
-def _wrapper(probe: Callable[..., Any]) -> Callable[..., Any]:
+def _without_session(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    return original(self, *args, **kwargs)
+
+
+def _wrapper(probe: Callable[..., Any], training: Callable[..., Any] = _without_session) -> Callable[..., Any]:
     """Register `probe(original, session, self, ...)` to run instead of the Trainer method of the same name.
 
-    Without a probe session the original runs and nothing else.
+    training: what runs without a probe session, the original and nothing else unless it is given.
     """
     name = probe.__name__
 
@@ -121,7 +130,7 @@ def _wrapper(probe: Callable[..., Any]) -> Callable[..., Any]:
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
             session = session_of(self)
             if session is None:
-                return original(self, *args, **kwargs)
+                return training(original, self, *args, **kwargs)
             return probe(original, session, self, *args, **kwargs)
 
         method.layerprobe = True  # type: ignore[attr-defined]
@@ -147,6 +156,8 @@ def _parse_arguments(original: Callable[..., Any]) -> Callable[..., Any]:
         settings = ProbeSettings.from_config(self.config)
         if settings is not None:
             self.layerprobe_session = start_session(self, settings)
+        else:
+            guard_mode(self.config)  # a word that is none is said now, and not when the models are loaded
         return result
 
     parse_arguments.layerprobe = True  # type: ignore[attr-defined]
@@ -181,7 +192,12 @@ def start_session(trainer: Any, settings: ProbeSettings) -> Session:
     return session
 
 
-@_wrapper
+def guarded_adapter(original: Any, self: Any) -> None:
+    """In a normal training the guard looks at what was made."""
+    guard.guarded(self, guard_mode(self.config), self.layerprobe_verdicts, lambda: original(self))
+
+
+@functools.partial(_wrapper, training=guarded_adapter)
 def init_trainable_peft_adapter(original: Any, session: Session, self: Any) -> None:
     """No adapter is made but one to be probed. What else the original does and a forward feels: for PEFT's LoRA it sets
     the strength of the assistant LoRA; for LyCORIS it leaves that as it was loaded."""

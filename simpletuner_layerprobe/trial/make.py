@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from simpletuner_layerprobe.errors import ConfigError
 from simpletuner_layerprobe.files import json_bytes, write_files
+from simpletuner_layerprobe.targets import require_new_folder
 from simpletuner_layerprobe.training.environment import OPTIONS_NAME, changed_options, option, read_options
 from simpletuner_layerprobe.trial.arms import Arm, arm_names, make_arms
 from simpletuner_layerprobe.trial.data import split_data
@@ -50,8 +51,7 @@ class Wish:
 
 def new_trial(folder: Path, run: Run, wish: Wish) -> Trial:
     """Write the folder. Nothing is left of it if something is wrong, which is a ConfigError."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{folder} exists already; a trial is never written over another: choose another folder")
+    require_new_folder(folder)
     names = arm_names(wish.arms)
     options = read_options(run.path)
     warm_up = option(options, "lr_warmup_steps")

@@ -7,6 +7,7 @@ from pathlib import Path
 from simpletuner_layerprobe.analyse.trial import Judgement, TrialFacts, judge
 from simpletuner_layerprobe.files import write_files
 from simpletuner_layerprobe.show.trial_page import trial_page
+from simpletuner_layerprobe.targets import PAGE, require_file
 from simpletuner_layerprobe.trial.arms import LARGER, PLAN, REFERENCE
 from simpletuner_layerprobe.trial.results import best_rates, held_out_losses, shuffles, tuning_losses
 from simpletuner_layerprobe.trial.settings import Trial
@@ -38,8 +39,10 @@ def judged(trial: Trial) -> tuple[Judgement, TrialFacts]:
     return judgement, facts
 
 
-def write_page(trial: Trial, judgement: Judgement, facts: TrialFacts, out: str | None) -> Path:
-    """Write the page, by default into the trial's folder."""
-    path = trial.folder / PAGE_NAME if out is None else Path(out)
-    write_files({path: trial_page(facts, judgement).encode()}, force=True)
-    return path
+def page_path(trial: Trial, out: str | None, *, force: bool = False) -> Path:
+    """Where the page goes, by default into the trial's folder. Raises ConfigError if it may not be written there."""
+    return require_file(trial.folder / PAGE_NAME if out is None else out, PAGE, force=force)
+
+
+def write_page(path: Path, judgement: Judgement, facts: TrialFacts, *, force: bool = False) -> None:
+    write_files({path: trial_page(facts, judgement).encode()}, force=force)

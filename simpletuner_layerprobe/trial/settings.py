@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -98,6 +99,8 @@ def _typed(folder: Path, read: Mapping[str, Any]) -> dict[str, Any]:
     known = {field.name for field in fields(Trial)} - {"folder"}
     values: dict[str, Any] = {name: read[name] for name in known}
     values["arms"] = tuple(ArmFacts(**arm) for arm in read["arms"])
+    if not all(re.fullmatch(r"[\w-]+", arm.name) for arm in values["arms"]):
+        raise ValueError("an arm's name is that of its folder, whose trainings are made anew")
     values["seeds"] = tuple(int(seed) for seed in read["seeds"])
     values["learning_rates"] = tuple(float(rate) for rate in read["learning_rates"])
     values["held_out"] = tuple(map(str, read["held_out"]))

@@ -35,14 +35,6 @@ def test_hostile_names_stay_text(tmp_path):
             manifest(BLOCKS, family=bad)
 
 
-def test_a_report_replaces_no_file_that_a_link_points_to(run, tmp_path):
-    mine = tmp_path / "mine"
-    mine.write_text("mine")
-    (run.path / "report.html").symlink_to(mine)
-    assert main(["report", str(run.path)]) == 0
-    assert mine.read_text() == "mine" and not (run.path / "report.html").is_symlink()
-
-
 def test_a_damaged_run_is_one_line_of_the_command_line(run, capsys):
     path = run.files[0].path
     data = path.read_bytes()

@@ -64,6 +64,9 @@ def test_the_layers_of_a_quantised_base_are_those_of_simpletuners_function():
     assert [line for line in lines if line["different"]] == []
     replaced = {kind for line in lines for kind in line["layers"]}
     assert {"Linear", "QLinear", "SDNQLinear", "Fp8NativeLinear"} <= replaced
+    # And the networks that LyCORIS builds on them are those that check-config says.
+    assert [line for line in lines if line["disagree"]] == []
+    assert all(sum(map(bool, line["forms"].values())) >= 3 for line in lines)
 
 
 @pytest.fixture

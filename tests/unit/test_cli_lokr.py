@@ -188,7 +188,9 @@ def test_a_run_that_does_not_know_its_model_cannot_be_planned(layerprobe: Comman
     run = write_run(tmp_path / "run", TINY, 100, modules=(), images=20).path
     before = snapshot(tmp_path)
     for arguments in ((), ("--params", "1M")):
-        assert_one_line(layerprobe("lokr", run, *arguments, "--out", tmp_path / "out"), 1, "no module table", "--model")
+        assert_one_line(
+            layerprobe("lokr", run, *arguments, "--out", tmp_path / "out.json"), 1, "no module table", "--model"
+        )
     assert snapshot(tmp_path) == before
     known = write_run(tmp_path / "known", TINY, 100, modules=sd3_modules(6)).path
     assert_one_line(layerprobe("lokr", known, "--env", "weighted"), 1, "config.json does not exist", "--out")
@@ -533,7 +535,7 @@ def test_what_cannot_be_planned_is_one_line(
 ) -> None:
     before = snapshot(tmp_path)
     options = (str(tiny_run) if part == "RUN" else part for part in arguments)
-    assert_one_line(layerprobe("lokr", *options, "--out", tmp_path / "out"), 1, said)
+    assert_one_line(layerprobe("lokr", *options, "--out", tmp_path / "out.json"), 1, said)
     assert snapshot(tmp_path) == before
 
 

@@ -66,9 +66,11 @@ def test_the_follow_up_of_a_probe_run(tmp_path):
 
 def test_options_without_dashes_and_paths_from_the_working_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    made = environment("next", {"seed": 1, "layerprobe": True, "output_dir": "/data/runs/probe/"}, Lycoris())
+    options = {"seed": 1, "layerprobe": True, "layerprobe_guard": "stop", "output_dir": "/data/runs/probe/"}
+    made = environment("next", options, Lycoris())
     assert read_object(made.written[0], "") == {
         "seed": 1,
+        "layerprobe_guard": "stop",  # the one that is for trainings
         "output_dir": "/data/runs/next",
         "model_type": "lora",
         "lora_type": "lycoris",

@@ -26,19 +26,21 @@ BASE = {"errors", "readings"}
 KNOWS: dict[str, set[str]] = {
     "errors": set(),
     "readings": {"errors"},
-    "files": {"errors"},
+    "targets": {"errors"},
+    "files": {"errors", "targets"},
     "probe": BASE,
-    "run": BASE,
-    "training": {*BASE, "files", "probe", "run"},
+    "run": {*BASE, "targets"},
+    "training": {*BASE, "targets", "files", "probe", "run"},
     "analyse": BASE,
     "lokr": {*BASE, "files", "run", "analyse"},
-    "show": {*BASE, "run", "analyse"},
+    "show": {*BASE, "targets", "run", "analyse"},
     "published": set(),
     "models": {*BASE, "files", "run", "probe", "training", "published"},
-    "api": {*BASE, "probe", "run", "training", "analyse", "lokr", "show", "models"},
+    "api": {*BASE, "targets", "probe", "run", "training", "analyse", "lokr", "show", "models"},
     "plugin": {*BASE, "training", "analyse", "lokr", "show", "api"},
-    "trial": {*BASE, "files", "run", "training", "analyse", "lokr", "show", "api"},
-    "commands": {"errors", "files", "api", "trial", "lokr", "show"},  # of lokr and show a few words, see below
+    "trial": {*BASE, "targets", "files", "run", "training", "analyse", "lokr", "show", "api"},
+    # Of lokr and show a few words, see below.
+    "commands": {"errors", "targets", "files", "api", "trial", "lokr", "show"},
     "cli": {"errors", "commands"},
     "": {"api", "errors"},  # __init__.py: the names of the API, on demand
 }
@@ -47,6 +49,7 @@ WORDS = (f"{NAME}.lokr.amounts.", f"{NAME}.show.words.", f"{NAME}.show.findings.
 FOREIGN: dict[str, set[str]] = {
     "errors": set(),
     "readings": set(),
+    "targets": set(),
     "files": set(),
     "probe": {"torch", "triton", "numpy"},
     "run": {"numpy", "pyarrow", "pandas"},

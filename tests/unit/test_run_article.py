@@ -293,8 +293,8 @@ def test_a_source_or_a_target_that_is_not_right(tmp_path: Path) -> None:
         import_article(tmp_path / "in", tmp_path / "run", tokens="first")
     assert os.listdir(tmp_path) == ["in"]
     import_article(tmp_path / "in", tmp_path / "run")
-    for taken in ("run", "in"):
-        with fails("exists already and is not an empty folder; import into a new one"):
+    for taken, said in (("run", "exists already and is not an empty folder; choose a new one"), ("in", "is no folder")):
+        with fails(said):
             import_article(tmp_path / "in", tmp_path / taken)
     assert load_run(tmp_path / "run").samples == 1 and sorted(os.listdir(tmp_path)) == ["in", "run"]
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from failing import fails
 
-from simpletuner_layerprobe.run.folder import free_target, new_folder, write_new_file
+from simpletuner_layerprobe.run.folder import new_folder, write_new_file
 
 
 def test_a_new_file_is_complete_or_absent(tmp_path: Path) -> None:
@@ -58,19 +58,18 @@ def test_without_hard_links_nothing_is_replaced_either(tmp_path: Path, monkeypat
 
 
 def test_a_new_folder_is_complete_or_absent(tmp_path: Path) -> None:
-    target = free_target(tmp_path / "deep" / "run", "make")
+    target = tmp_path / "deep" / "run"
 
     def interrupted() -> None:
         with new_folder(target) as staging:
-            staging.mkdir(parents=True)
             (staging / "half").touch()
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert os.listdir(tmp_path) == []
-    with new_folder(target) as staging:
-        staging.mkdir(parents=True)
+    with new_folder(target):
+        pass
     assert os.listdir(tmp_path / "deep") == ["run"]
-    with fails("exists already and is not an empty folder; make a new one"):
-        free_target(tmp_path / "deep", "make")
+    with fails("exists already and is not an empty folder; choose a new one"), new_folder(tmp_path / "deep"):
+        pass

@@ -159,7 +159,7 @@ def test_csv_gives_every_number_back_and_no_spreadsheet_formula(
 
 def test_a_table_is_complete_or_absent(run: RunData, tmp_path: Path) -> None:
     (tmp_path / "mine.csv").write_text("mine")
-    with fails("mine.csv exists already; export to another name"):
+    with fails("mine.csv exists already; it is not overwritten without --force"):
         export_table(run, tmp_path / "mine.csv")
     create_run(tmp_path / "empty", manifest(BLOCKS))
     with fails("has no samples"):

@@ -120,9 +120,9 @@ def test_runs_that_do_not_fit_together_are_refused_by_name(tmp_path: Path) -> No
         merge([a], tmp_path / "out")
     with fails("absent does not exist"):
         merge([a, tmp_path / "absent"], tmp_path / "out")
-    with fails("is inside the run"):
+    with fails("lies in the run folder"):
         merge([a, a], a / "deep" / "out")
-    with fails("exists already and is not an empty folder; merge into a new one"):
+    with fails("exists already and is not an empty folder; choose a new one"):
         merge([a, a], b)
     empty = recorded(tmp_path / "empty", 3)
     with fails("none of the runs to merge into"):

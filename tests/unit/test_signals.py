@@ -135,3 +135,19 @@ def test_accelerate_hands_sigterm_on_and_waits(sent, tmp_path, monkeypatch):
         module.simple_launcher()
     assert ended.value.code == 7
     assert sent == [(os.getpid(), signal.SIGTERM)]
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_below_an_error_of_one_line_accelerate_prints_no_traceback(said, tmp_path, monkeypatch):
+    monkeypatch.setenv(signals.FOLDER_VARIABLE, str(tmp_path))
+
+    def simple_launcher() -> None:
+        if said:
+            signals.refused()
+        raise subprocess.CalledProcessError(1, "train")
+
+    module = SimpleNamespace(simple_launcher=simple_launcher)
+    signals.install_accelerate(module)
+    with pytest.raises(SystemExit if said else subprocess.CalledProcessError) as ended:
+        module.simple_launcher()
+    assert (ended.value.code if said else ended.value.returncode) == 1

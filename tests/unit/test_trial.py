@@ -194,6 +194,14 @@ def test_a_trial_is_read_back_as_it_was_written(tmp_path):
     assert Trial.load(tmp_path) == trial
 
 
+@pytest.mark.parametrize("name", ["", "..", "../mine", "/mine", "plan/../../mine"])
+def test_an_arm_leads_out_of_no_trial(tmp_path, name):
+    """What lies in the folder of a training is removed before it is trained again."""
+    (tmp_path / "trial.json").write_text(json.dumps(a_trial(tmp_path, arms=("uniform", name)).to_json()))
+    with pytest.raises(ConfigError, match="is damaged"):
+        Trial.load(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [

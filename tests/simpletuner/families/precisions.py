@@ -1,6 +1,8 @@
 """The layers that --precision gives a model without weights, beside those that SimpleTuner gives one with weights.
 
-Prints one JSON object a line: {"family", "precision", "layers", "different"}. layers: class -> how many.
+Prints one JSON object a line: {"family", "precision", "layers", "different", "forms", "disagree"}. layers: class -> how
+many. forms: LyCORIS configs -> of how many modules the network is that is built on the layers with weights; disagree:
+those of which the check says another network.
 """
 
 from __future__ import annotations
@@ -23,6 +25,16 @@ SD3 = {
     "num_layers": 3,
     "caption_projection_dim": 256,
     "joint_attention_dim": 256,
+}
+# What decides in a LyCORIS config here: no choice at all, classes of layers, classes around them, names, norms.
+FORMS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "Linear": {"apply_preset": {"target_module": ["Linear"]}},
+    "QLinear": {"apply_preset": {"target_module": ["QLinear"]}},
+    "Attention": {"apply_preset": {"target_module": ["Attention"]}, "factor": 4},
+    "names": {"apply_preset": {"target_module": [], "name_algo_map": {"*": {"factor": 2}}, "use_fnmatch": True}},
+    "a class with settings": {"apply_preset": {"module_algo_map": {"Linear": {"algo": "locon", "dim": 2}}}},
+    "norms": {"apply_preset": {"target_module": ["Attention"]}, "train_norm": True},
 }
 
 
@@ -55,14 +67,44 @@ def compared(case: Any, denoiser: Any, precision: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         made.save_config(folder)
         said = architecture(f"{case.family}:{folder}", precision=precision)
-    real = module_table(with_weights(case, made, precision))
+    with_values = with_weights(case, made, precision)
+    real = module_table(with_values)
     told = [(module.name, module.type, module.shape) for module in said.modules]
+    built = {name: network_on(with_values, form) for name, form in FORMS.items()}
     return {
+        "forms": {name: len(modules) for name, modules in built.items()},
+        "disagree": [name for name, modules in built.items() if modules != network_said(said, FORMS[name])],
         "family": case.family,
         "precision": precision,
         "layers": Counter(kind for _, kind, shape in told if "Linear" in kind),
         "different": [str(pair) for pair in zip(real, told, strict=True) if pair[0] != pair[1]],
     }
+
+
+Network = dict[str, Any]
+
+
+def network_on(denoiser: Any, form: dict[str, Any]) -> Network:
+    """Module -> the tensors that LyCORIS trains there, in a process of its own as SimpleTuner builds it."""
+    from simpletuner_layerprobe.lokr.network import fresh_wrapper, silent
+    from simpletuner_layerprobe.probe.wrappers import named_modules
+
+    wrapper, rest = fresh_wrapper(), dict(form)
+    with silent():
+        if preset := rest.pop("apply_preset", None):
+            wrapper.LycorisNetwork.apply_preset(preset)
+        network = wrapper.create_lycoris(denoiser, 1, 10000, 1, algo="lokr", **rest)
+    names = {id(module): name for name, module in named_modules(denoiser)}
+    modules = {names[id(lora.org_module[0])]: list(lora.named_parameters()) for lora in network.loras}
+    # A norm of another class than torch's gets a module of LyCORIS's without parameters.
+    return {name: sorted((key, tuple(each.shape)) for key, each in held) for name, held in modules.items() if held}
+
+
+def network_said(said: Any, form: dict[str, Any]) -> Network:
+    from simpletuner_layerprobe.lokr.proof import check_config
+
+    check = check_config({"algo": "lokr", "multiplier": 1, "linear_dim": 10000, "linear_alpha": 1, **form}, said)
+    return {row.name: sorted(row.got.tensors) for row in check.rows if row.got is not None}
 
 
 def with_weights(case: Any, denoiser: Any, precision: str) -> Any:

@@ -1,0 +1,149 @@
+"""Does the probe record the right angles on every base that SimpleTuner can train on? One table, on a CPU or a GPU.
+
+    python benchmarks/bases.py                      quantised bases, offloading, compilation, attention; minutes
+    python benchmarks/bases.py --device cuda        the same where a GPU is
+    python benchmarks/bases.py --only int8-quanto --only ramtorch
+
+Each is a probe-only run of the real SimpleTuner on the tiny SD3 of examples/tiny_sd3.py. What it records is compared
+with the article's formula in float64 on copies of the states that hooks on the norm layers took (tests/taps.py), which
+shares nothing with the probe. The result is written after every run (results/bases-DEVICE.json); no new one starts
+after --seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from measure import RESULTS, machine, save
+
+from simpletuner_layerprobe.run.load import load_run
+
+TESTS = Path(__file__).parent.parent / "tests"
+sys.path.insert(0, str(TESTS))
+
+SAMPLES = 4
+TOLERANCE = 2e-6
+"""What the probe's float32 and the reference's float64 may differ by."""
+
+PRECISIONS = """int8-quanto int4-quanto int2-quanto fp8-quanto fp8uz-quanto int8-torchao int8dq-torchao
+int8dq-int4-torchao int4-torchao fp8-torchao fp8wo-torchao fp8-native nf4-bnb int8-sdnq uint8-sdnq int16-sdnq fp8-sdnq
+int6-sdnq uint4-sdnq"""
+ATTENTION = """diffusers xformers sageattention flash-attn flash-attn-3 flex native cudnn native-efficient native-flash
+native-math kohaku-fa-auto"""
+BASES: dict[str, dict[str, Any]] = {
+    "no_change": {},
+    **{name: {"base_model_precision": name, "quantize_via": "cpu"} for name in PRECISIONS.split()},
+    "int8-quanto, quantize_via accelerator": {"base_model_precision": "int8-quanto", "quantize_via": "accelerator"},
+    "int8-quanto, quantize_via pipeline": {"base_model_precision": "int8-quanto", "quantize_via": "pipeline"},
+    "float32": {"mixed_precision": "no", "base_model_default_dtype": "fp32"},
+    "RamTorch": {"ramtorch": True},
+    "block swap": {"musubi_blocks_to_swap": 2},
+    "feed-forward in chunks": {"enable_chunked_feed_forward": True, "feed_forward_chunk_size": 2},
+    "torch.compile": {"dynamo_backend": "inductor"},
+    "torch.compile, by regions": {"dynamo_backend": "inductor", "dynamo_use_regional_compilation": True},
+    "gradient checkpointing": {"gradient_checkpointing": True},
+    "models offloaded at the start": {"offload_during_startup": True},
+    "text encoders unloaded": {"fully_unload_text_encoder": True},
+    "VAE in tiles": {"vae_enable_tiling": True, "vae_enable_slicing": True},
+    **{f"attention: {name}": {"attention_mechanism": name} for name in ATTENTION.split()},
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """word: exact, differs, refused (by the probe, in one line) or fails (SimpleTuner's own error).
+
+    layers: class -> how many.
+    """
+
+    word: str
+    said: str
+    layers: dict[str, int]
+    seconds: float
+
+
+def judged(simpletuner: Any, tiny: Path, options: dict[str, Any], device: str) -> Verdict:
+    folder = tiny.with_name("run")
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(tiny, folder)
+    path = folder / "config" / "tiny-probe" / "config.json"
+    settings = {"layerprobe_samples": SAMPLES, "max_train_steps": SAMPLES, **options}
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    environment = {"ACCELERATE_USE_CPU": "1" if device == "cpu" else "0"}
+    if settings.get("mixed_precision"):
+        environment["ACCELERATE_MIXED_PRECISION"] = settings["mixed_precision"]
+    result = simpletuner.run(folder, "tiny-probe", setup="taps.py:tap_sd3", environment=environment)
+    lines = [line.strip() for line in result.log.splitlines() if line.strip()]
+    if result.code:
+        refused = [line for line in lines if "layerprobe: error: " in line]
+        if refused:
+            return Verdict("refused", refused[-1].partition("layerprobe: error: ")[2], {}, result.seconds)
+        errors = [line for line in lines if re.match(r"\w*(Error|Exception|NotImplemented)\w*:", line)]
+        return Verdict("fails", (errors or lines)[-1][:200], {}, result.seconds)
+    run = load_run(folder / "output" / "tiny-probe" / "layerprobe")
+    layers = Counter(module.type for module in run.manifest.modules if "Linear" in module.type)
+    reference = np.load(folder / "reference.npz")
+    worst = max(
+        float(np.abs(run.distances(*name.split(".")) - reference[name]).max()) if reference[name].size else np.inf
+        for name in reference.files
+    )
+    word = "exact" if worst <= TOLERANCE and run.samples == SAMPLES else "differs"
+    return Verdict(word, f"{worst:.0e} at most, {run.samples} samples", dict(layers), result.seconds)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--only", choices=list(BASES), action="append")
+    parser.add_argument("--seconds", type=float, default=3600.0, help="start no new run after so many seconds")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the result")
+    options = parser.parse_args(arguments)
+    from pipelines import EXAMPLES, make_pipeline
+    from real import SimpleTuner
+
+    end = time.monotonic() + options.seconds
+    result: dict[str, Any] = {"machine": machine(device_name(options.device)), "bases": {}, "complete": False}
+    with tempfile.TemporaryDirectory() as temporary:
+        tiny = Path(temporary, "tiny")
+        make_pipeline(EXAMPLES / "tiny_sd3.py", "--out", tiny, "--images", str(SAMPLES))
+        simpletuner = SimpleTuner(Path(temporary, "server.txt"))
+        try:
+            for name in options.only or BASES:
+                if time.monotonic() > end:
+                    print(f"{options.seconds:g} s are over: what was tried is written")
+                    return 0
+                verdict = judged(simpletuner, tiny, BASES[name], options.device)
+                layers = ", ".join(f"{count} {kind}" for kind, count in sorted(verdict.layers.items()))
+                print(f"{name:40} {verdict.word:8} {layers:34} {verdict.said}", flush=True)
+                result["bases"][name] = vars(verdict) | {"seconds": round(verdict.seconds, 1)}
+                save(f"bases-{options.device}", result, options.out)
+        finally:
+            simpletuner.close()
+    result["complete"] = True
+    save(f"bases-{options.device}", result, options.out)
+    return 0
+
+
+def device_name(device: str) -> str:
+    if device == "cpu":
+        return ""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise SystemExit("torch sees no CUDA device here")
+    return torch.cuda.get_device_name()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -65,11 +65,9 @@ def command(arguments: argparse.Namespace) -> int:
         print_text("note   ", note, wide=arguments.wide)
     for reason in check.stops:
         print_text("STOPS  ", reason, wide=arguments.wide)
-    print_text(
-        "",
+    print(
         f"LyCORIS {check.version}: {len(check.wrong):,} of {len(check.rows):,} modules wrong, "
-        f"{check.parameters:,} trainable parameters, {check.intended_parameters:,} meant",
-        wide=arguments.wide,
+        f"{check.parameters:,} trainable parameters, {check.intended_parameters:,} meant"
     )
     check.require()
     return OK

@@ -355,8 +355,8 @@ def test_tables_fit_the_terminal_and_say_what_they_leave_out(
 
 
 def widest(text: str) -> int:
-    """The longest line but the sentences below a plan, and what is to be copied or names a file."""
-    lines = text.partition("\nby       ")[0].splitlines()
+    """The longest line but the sentences below a plan or a check, and what is to be copied or names a file."""
+    lines = text.partition("\nby       ")[0].partition("\nLyCORIS ")[0].splitlines()
     return max(len(line) for line in lines if "layerprobe lokr" not in line and os.sep not in line)
 
 

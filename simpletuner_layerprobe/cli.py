@@ -7,6 +7,7 @@ import sys
 from contextlib import suppress
 
 from simpletuner_layerprobe.errors import ProbeError
+from simpletuner_layerprobe.printable import printable
 
 TYPE_CHECKING = False  # typing has it too, but takes time in which a Ctrl-C would be a traceback
 
@@ -89,7 +90,7 @@ def _say(text: str, code: int = PROBLEM) -> int:
     """Say what ended a command, "" for nothing, and make sure that the interpreter's last flush has nothing to add."""
     try:
         if text:
-            print(f"layerprobe: {' '.join(text.split())}", file=sys.stderr)
+            print(f"layerprobe: {printable(' '.join(text.split()))}", file=sys.stderr)
         sys.stdout.flush()
     except OSError:
         with suppress(OSError):

@@ -193,7 +193,7 @@ def _stream(
         levels=levels.columns(part),
         missing=""
         if used_T.any()
-        else f"not enough samples: no sigma bin has {BIN_SAMPLES} with finite distances in both runs",
+        else f"not enough samples: no sigma bin has {BIN_SAMPLES} with finite distances in both runs; take fewer bins",
     )
 
 

@@ -79,10 +79,8 @@ def article_contributions(
 
     The text stream has `text_weight`, every other stream `image_weight`. A stream without a sample of finite
     distances (LTX-2's audio where all clips are silent) is left out, with the blocks that only it has. Raises
-    ProbeError for a percentile outside (0, 100], if no stream has samples, or for contributions that are all equal.
+    ProbeError as `article_averages` does, if no stream has samples, and for contributions that are all equal.
     """
-    if not 0 < clip_percentile <= 100:
-        raise ProbeError(f"the clip percentile is {clip_percentile}, expected above 0 and at most 100")
     dropped = tuple(name for name, heatmap in streams.items() if not heatmap.counts_T.any())
     if len(dropped) == len(streams):
         nonfinite = max(heatmap.nonfinite for heatmap in streams.values())
@@ -105,7 +103,7 @@ def article_contributions(
     if not high > low:
         raise ProbeError(
             f"all {len(covered)} blocks have the same contribution ({low:.6g}), so nothing can be weighted; "
-            "use fewer --bins if some have no samples, a higher --clip-percentile, or other weights"
+            "take fewer bins if some have no samples, a higher clip_percentile, or other weights"
         )
     return Contribution(
         blocks=blocks,
@@ -181,8 +179,16 @@ def article_averages(
     """The article's combination of each of R sets of heatmaps, before the min-max normalisation.
 
     mean_RTL: stream -> (R, T, L) means, each clipped at 0, then at its own percentile. blocks: stream -> its L blocks.
-    Returns (R, C) float64 for the C blocks that every stream has (`common_blocks`).
+    Returns (R, C) float64 for the C blocks that every stream has (`common_blocks`). Raises ProbeError for a percentile
+    outside (1, 100], and for weights that are negative or both 0.
     """
+    if not 1 < clip_percentile <= 100:
+        meant = f": did you mean {100 * clip_percentile:g}?" if 0 < clip_percentile <= 1 else ""
+        raise ProbeError(f"the clip percentile is {clip_percentile}; expected above 1 and at most 100{meant}")
+    if not (0 <= text_weight < np.inf and 0 <= image_weight < np.inf and text_weight + image_weight > 0):
+        raise ProbeError(
+            f"text_weight is {text_weight} and image_weight {image_weight}; expected numbers of 0 or more, not both 0"
+        )
     covered = common_blocks(list(blocks.values()))
     R, T, _ = next(iter(mean_RTL.values())).shape
     total_RTC = np.zeros((R, T, len(covered)))

@@ -148,16 +148,19 @@ def interval(
 def times_to_settle(bootstrap: Bootstrap, decide: Decide, share: float = SHARE) -> int | None:
     """How many times the images (samples, where these are the unit) would settle everything: 1, or one of TIMES.
 
-    None if the most would not. It draws the replicates in towards the means, as more images with as many samples each
-    would, and takes the means for the truth: a rough number. More samples of the same images would not do it.
+    None if the most would not, or if there is not enough to judge by. It draws the replicates in towards the means, as
+    more images with as many samples each would, and takes the means for the truth: a rough number. More samples of the
+    same images would not do it.
     """
+    if not bootstrap.enough:
+        return None
     _, factor_1K = decide({name: mean_TL[None] for name, mean_TL in bootstrap.mean_TL.items()})
 
     def settled(times: int) -> bool:
         _, factor_RK = decide(bootstrap.replicates(times))
         return bool(((factor_RK == factor_1K).mean(axis=0) >= share).all())
 
-    if bootstrap.enough and settled(1):
+    if settled(1):
         return 1
     if not settled(TIMES[-1]):
         return None

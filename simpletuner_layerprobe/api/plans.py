@@ -32,6 +32,7 @@ __all__ = [
     "free_environment",
     "plan",
     "programs",
+    "written_twice",
 ]
 
 PathLike = str | os.PathLike[str]
@@ -155,6 +156,13 @@ def programs(run: Run) -> list[str]:
     from simpletuner_layerprobe.training import environment
 
     return environment.programs(environment.read_options(run.path))
+
+
+def written_twice(file: PathLike) -> list[str]:
+    """One line for each key that an object in a JSON file has more than once: all but the last are lost."""
+    from simpletuner_layerprobe.lokr import proof
+
+    return proof.written_twice(file)
 
 
 def known_model(model: Architecture | PathLike) -> Architecture:

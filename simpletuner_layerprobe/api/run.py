@@ -391,7 +391,9 @@ class Run:
     def times_to_settle(
         self, *, reading: str | None = None, bins: int = 10, **options: Unpack[PlanOptions]
     ) -> int | None:
-        """About how many times the images (samples, where these are not known) would settle all; None for far more."""
+        """About how many times the images (samples, where these are not known) would settle all.
+
+        None for far more, and where there are too few to tell."""
         from simpletuner_layerprobe.analyse.settled import times_to_settle
 
         return times_to_settle(*self._decision(reading, bins, options))

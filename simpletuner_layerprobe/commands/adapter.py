@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from simpletuner_layerprobe.commands.arguments import Add, add_wide
 from simpletuner_layerprobe.commands.imports import light
-from simpletuner_layerprobe.commands.output import LEFT, OK, RIGHT, print_json, print_table, print_text
+from simpletuner_layerprobe.commands.output import LEFT, OK, RIGHT, print_json, print_table, print_text, say
 from simpletuner_layerprobe.show.words import counted, listed
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def _print(made: AdapterUpdates, wide: bool) -> None:
     whole = made.whole
     of_weight = "" if whole.relative is None else f", {percent(whole.relative)} of the weights' norm"
     algorithms = listed(list(dict.fromkeys(made.algorithms)))
-    print(f"{algorithms}, {counted(whole.modules, 'module')}: an update of norm {digits(whole.update, 4)}{of_weight}")
+    say(f"{algorithms}, {counted(whole.modules, 'module')}: an update of norm {digits(whole.update, 4)}{of_weight}")
     differs = made.planned_M is not None and bool((made.planned_M != made.parameters_M).any())
     heads = ["block", *HEADS, *([PLANNED] if differs else [])]
     rows = [_row(part, whole, differs) for part in (*made.by_block, whole)]

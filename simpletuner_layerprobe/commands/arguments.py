@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
+from simpletuner_layerprobe.commands.output import say
 from simpletuner_layerprobe.errors import ProbeError
 from simpletuner_layerprobe.lokr.amounts import amount, preset_parameters
+from simpletuner_layerprobe.printable import printable
 
 USAGE = 2
 MAX_BINS = 1000
@@ -55,22 +58,22 @@ class Parser(argparse.ArgumentParser):
             group.description = None
         return shown
 
-    def format_all(self) -> str:
-        """The help with every option."""
-        return super().format_help()
+    def print_all(self) -> None:
+        """Print the help with every option."""
+        sys.stdout.write(super().format_help())
 
     def error(self, message: str) -> NoReturn:
         choice = re.fullmatch(r"(.*invalid choice: '(.*)') \(choose from (.*)\)", message)
         near = difflib.get_close_matches(choice[2], re.findall(r"[\w.:-]+", choice[3]), n=1) if choice else []
         if choice and near:
             message = f"{choice[1]}; did you mean {near[0]}?"
-        self.exit(USAGE, f"layerprobe: error: {' '.join(message.split())} (see {self.prog} --help)\n")
+        self.exit(USAGE, f"layerprobe: error: {printable(' '.join(message.split()))} (see {self.prog} --help)\n")
 
 
 class _HelpAll(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
         assert isinstance(parser, Parser)
-        print(parser.format_all(), end="")
+        parser.print_all()
         parser.exit()
 
 
@@ -99,7 +102,7 @@ def chosen_run(arguments: argparse.Namespace) -> str:
     if others and others[0][0] == time:
         arguments.wrong_usage(f"give RUN: {newest} and {others[0][1]} below the current folder are of the same time")
     if not getattr(arguments, "json", False):
-        print(f"newest run  {newest}" + (f", of {len(runs):,} below this folder" if others else ""))
+        say(f"newest run  {newest}" + (f", of {len(runs):,} below this folder" if others else ""))
     return str(newest)
 
 

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 from simpletuner_layerprobe.commands.arguments import KNOWN_MODELS, Add, add_precision, add_wide
 from simpletuner_layerprobe.commands.imports import light, named_model
-from simpletuner_layerprobe.commands.output import LEFT, OK, print_table, print_text
+from simpletuner_layerprobe.commands.output import LEFT, OK, print_table, print_text, say
 from simpletuner_layerprobe.errors import ConfigError
 
 if TYPE_CHECKING:
     from simpletuner_layerprobe.api.plans import Architecture, Check
     from simpletuner_layerprobe.api.run import Run
 
-MOST_SPLITS = 24
+MOST_ALIKE = 24
 
 
 def add_parser(add: Add) -> None:
@@ -50,22 +50,32 @@ def command(arguments: argparse.Namespace) -> int:
         return _compare_adapter(arguments, model)
     with light("lycoris", arguments):
         check = check_config(arguments.config, model)
+    wide = arguments.wide
     rows = [
         ("ok", row.name, str(row.got)) if row.ok else ("WRONG", row.name, row.difference)
         for row in check.rows
         if not (row.ok and arguments.differences)
     ]
     if rows:
-        print_table(("", "module", "gets"), rows, 3 * LEFT, wide=arguments.wide)
+        print_table(("", "module", "gets"), rows, 3 * LEFT, wide=wide)
     if not arguments.differences:
-        _print_splits(check, arguments.wide)
-    for pattern in check.unmatched:
-        print_text("note   ", f"nothing in the model matches {pattern}", wide=arguments.wide)
+        _print_splits(check, wide)
+    for pattern in check.unmatched[:MOST_ALIKE]:
+        print_text("note   ", f"nothing in the model matches {pattern}", wide=wide)
+    if len(check.unmatched) > MOST_ALIKE:
+        say(f"note   nothing in the model matches {len(check.unmatched) - MOST_ALIKE:,} more")
     for note in check.notes:
-        print_text("note   ", note, wide=arguments.wide)
+        print_text("note   ", note, wide=wide)
+    if check.uncovered:
+        print_text(
+            "reach  ",
+            f"{len(check.layers) - len(check.uncovered):,} of the model's {len(check.layers):,} linear and "
+            f"convolutional layers; {len(check.uncovered):,} get no adapter, first {check.uncovered[0]}",
+            wide=wide,
+        )
     for reason in check.stops:
-        print_text("STOPS  ", reason, wide=arguments.wide)
-    print(
+        print_text("STOPS  ", reason, wide=wide)
+    say(
         f"LyCORIS {check.version}: {len(check.wrong):,} of {len(check.rows):,} modules wrong, "
         f"{check.parameters:,} trainable parameters, {check.intended_parameters:,} meant"
     )
@@ -75,14 +85,13 @@ def command(arguments: argparse.Namespace) -> int:
 
 def _print_splits(check: Check, wide: bool) -> None:
     lines = check.splits
-    for line in lines[:MOST_SPLITS]:
+    for line in lines[:MOST_ALIKE]:
         print_text("split  ", line, wide=wide)
-    if len(lines) > MOST_SPLITS:
-        print(f"split  ... and {len(lines) - MOST_SPLITS:,} more")
+    if len(lines) > MOST_ALIKE:
+        say(f"split  ... and {len(lines) - MOST_ALIKE:,} more")
     if lines:
-        print_text(
-            "split  ", "a side splits at its largest divisor up to the factor; a larger factor is fewer parameters"
-        )
+        said = "a side splits at its largest divisor up to the factor; a larger factor is fewer parameters"
+        print_text("split  ", said, wide=wide)
 
 
 def _compare_adapter(arguments: argparse.Namespace, model: Run | Architecture) -> int:
@@ -91,16 +100,16 @@ def _compare_adapter(arguments: argparse.Namespace, model: Run | Architecture) -
     with light("lycoris", arguments):
         made = adapter_origin(arguments.adapter, arguments.config, model)
     for name in made.missing:
-        print(f"WRONG  {name}: not in the file")
+        say(f"WRONG  {name}: not in the file")
     for name in made.strange:
-        print(f"WRONG  {name}: in the file, and no adapter by the config")
+        say(f"WRONG  {name}: in the file, and no adapter by the config")
     for name, (meant, held) in made.different.items():
-        print(f"WRONG  {name}: {_tensors(meant)} by the config, {_tensors(held)} in the file")
+        say(f"WRONG  {name}: {_tensors(meant)} by the config, {_tensors(held)} in the file")
     if not arguments.differences:
         for name in made.same:
-            print(f"ok     {name}")
+            say(f"ok     {name}")
     every = len(made.same) + len(made.missing) + len(made.strange) + len(made.different)
-    print(
+    say(
         f"{len(made.same):,} of {every:,} modules the same: {len(made.missing):,} missing in the file, "
         f"{len(made.strange):,} not in the config, {len(made.different):,} of other tensors"
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from simpletuner_layerprobe.commands.arguments import Add, add_bins, add_force, add_preset, add_tokens, add_wide
-from simpletuner_layerprobe.commands.output import LEFT, OK, RIGHT, print_json, print_table, print_text
+from simpletuner_layerprobe.commands.output import LEFT, OK, RIGHT, print_json, print_table, print_text, say
 from simpletuner_layerprobe.files import write_files
 from simpletuner_layerprobe.show.words import capital, counted, share_text
 from simpletuner_layerprobe.targets import PAGE, require_file, require_folder
@@ -72,7 +72,7 @@ def command(arguments: argparse.Namespace) -> int:
         _print_stream(stream, comparison, arguments.wide)
     _print_factors(comparison, decided, preset, arguments.wide)
     if out is not None:
-        print(f"written: {out}")
+        say(f"written: {out}")
     return OK
 
 
@@ -91,9 +91,10 @@ def _print_paired(comparison: Comparison, wide: bool) -> None:
         print_text("not paired: ", said, wide=wide)
         return
     number = {block: i for i, block in enumerate(comparison.blocks)}
-    print(f"\nPaired, {counted(made.pairs, 'pair')} of {counted(made.images, 'image')}: {paired_text(made, number)}")
+    say()
+    say(f"Paired, {counted(made.pairs, 'pair')} of {counted(made.images, 'image')}: {paired_text(made, number)}")
     if made.left_a or made.left_b:
-        print(f"  without a partner: {counted(made.left_a, 'sample')} of A, {made.left_b:,} of B")
+        say(f"  without a partner: {counted(made.left_a, 'sample')} of A, {made.left_b:,} of B")
     rows = [
         (f"{t / made.bins:.3g} to {(t + 1) / made.bins:.3g}", f"{made.counts_T[t]:,}", f"{made.loss_T.a[t]:.4g}",
          f"{made.loss_T.b[t]:.4g}", change_text(made.loss_T, t))
@@ -110,23 +111,25 @@ def _print_paired(comparison: Comparison, wide: bool) -> None:
         if clear(change)[i]
     ]
     if rows:
-        print()
+        say()
         heads = ("#", "block", "A", "B", "change [95% interval]")
         print_table(heads, rows, RIGHT + 4 * LEFT, "  ", spare=("A", "B"), wide=wide)
-    print("\nUnpaired, as if each run had drawn its own images:")
+    say()
+    say("Unpaired, as if each run had drawn its own images:")
 
 
 def _print_stream(stream: StreamComparison, comparison: Comparison, wide: bool) -> None:
     from simpletuner_layerprobe.api.changes import chance, change_text, sigma_text
 
     title = f"{capital(stream.stream)} stream"
+    say()
     if stream.missing:
-        print(f"\n{title}: {stream.missing}")
+        say(f"{title}: {stream.missing}")
         return
     changed_L, changed_TL = stream.levels.significant, stream.cells.significant
     tested = int(stream.used_T.sum()) * len(stream.blocks)
-    print(
-        f"\n{title}: {changed_L.sum():,} of {counted(len(stream.blocks), 'block')} changed, "
+    say(
+        f"{title}: {changed_L.sum():,} of {counted(len(stream.blocks), 'block')} changed, "
         f"{changed_TL.sum():,} of {counted(tested, 'cell')}"
     )
     rows = []
@@ -144,12 +147,13 @@ def _print_stream(stream: StreamComparison, comparison: Comparison, wide: bool) 
 
 def _print_factors(comparison: Comparison, decided: tuple[tuple[int, str], ...], preset: str, wide: bool) -> None:
     factors = comparison.factors
+    say()
     if factors is None:
-        print(f"\nFactors: none: {comparison.factors_missing}")
+        say(f"Factors: none: {comparison.factors_missing}")
         return
     verdicts = factors.verdict_K
     counts = ", ".join(f"{verdicts.count(verdict):,} {verdict}" for verdict in ("changed", "same", "not settled"))
-    print(f"\nFactors (preset {preset}): {counts} of {len(verdicts):,}")
+    say(f"Factors (preset {preset}): {counts} of {len(verdicts):,}")
     for label, sure in (("A", factors.a), ("B", factors.b)):
         print_text(f"  {label}: ", sure.text(), wide=wide)
     rows = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from simpletuner_layerprobe.commands.arguments import Add
-from simpletuner_layerprobe.commands.output import OK
+from simpletuner_layerprobe.commands.output import OK, say
 from simpletuner_layerprobe.errors import SeamError
 
 
@@ -25,9 +25,9 @@ def command(arguments: argparse.Namespace) -> int:
     made = checks()
     width = max((len(check.name) for check in made), default=0)
     for check in made:
-        print(f"{'ok' if check.ok else 'MISSING':<9}{check.name:<{width}}  {check.detail}")
+        say(f"{'ok' if check.ok else 'MISSING':<9}{check.name:<{width}}  {check.detail}")
         if not check.ok:
-            print(f"{'':<9}{'':<{width}}  -> {check.remedy}")
+            say(f"{'':<9}{'':<{width}}  -> {check.remedy}")
     missing = sum(not check.ok for check in made)
     if missing:
         raise SeamError(f"{missing} of {len(made)} checks failed; what to do stands beside each (->)")

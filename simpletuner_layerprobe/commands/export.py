@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from simpletuner_layerprobe.commands.arguments import Add, add_force, add_tokens
-from simpletuner_layerprobe.commands.output import OK, warn
+from simpletuner_layerprobe.commands.output import OK, say, warn
 from simpletuner_layerprobe.show.words import counted
 
 
@@ -45,5 +45,5 @@ def command(arguments: argparse.Namespace) -> int:
         warn(f"{counted(skipped, 'sample')} left out: a record cannot hold distances that are not finite")
     if arguments.file != "-":
         arguments.written = [arguments.file]
-        print(f"{counted(written, 'sample')} written to {arguments.file}")
+        say(f"{counted(written, 'sample')} written to {arguments.file}")
     return OK

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from simpletuner_layerprobe.commands.arguments import Add, add_bins, add_run, add_tokens, add_wide, chosen_run
-from simpletuner_layerprobe.commands.output import OK, print_json, print_text, print_verdict
+from simpletuner_layerprobe.commands.output import OK, print_json, print_text, print_verdict, say
 from simpletuner_layerprobe.show.words import block_range
 
 
@@ -52,10 +52,11 @@ def command(arguments: argparse.Namespace) -> int:
         }
         print_json({**told, **as_json(sections)})
         return OK
-    print(f"{run.model or 'unknown model'}, {run.counted}")
+    say(f"{run.model or 'unknown model'}, {run.counted}")
     print_verdict(verdict(run, arguments.tokens), wide=arguments.wide)
     for section in (section for _, those in by_kind(sections) for section in those if not section.empty):
-        print(f"\n{TITLES[section.kind]}{where(section.stream)}")
+        say()
+        say(f"{TITLES[section.kind]}{where(section.stream)}")
         if section.text:
             print_text("  ", section.text, wide=arguments.wide)
         for finding in section.findings:
@@ -64,5 +65,6 @@ def command(arguments: argparse.Namespace) -> int:
         for note in section.notes:
             print_text("  note: ", note, wide=arguments.wide)
     if nothing := empty(sections):
-        print_text("\nnothing of  ", "; ".join(nothing), wide=arguments.wide)
+        say()
+        print_text("nothing of  ", "; ".join(nothing), wide=arguments.wide)
     return OK

@@ -6,7 +6,7 @@ import argparse
 import os
 
 from simpletuner_layerprobe.commands.arguments import Add, add_bins, add_force, add_run, add_tokens, chosen_run
-from simpletuner_layerprobe.commands.output import OK, warn, warn_of_samples
+from simpletuner_layerprobe.commands.output import OK, sample_warnings, say, warn
 from simpletuner_layerprobe.files import write_files
 from simpletuner_layerprobe.targets import require_file, require_folder
 
@@ -57,10 +57,8 @@ def command(arguments: argparse.Namespace) -> int:
         files = reading_figure(run, reading, **look)
     write_files({folder / name: data for name, data in files.items()}, force=arguments.force)
     arguments.written = [folder / name for name in files]
-    if arguments.reading != PAIRS:
-        warn_of_samples(run, reading, arguments.bins)
-    if problem:
-        warn(f"not every figure can be drawn: {problem}")
+    warnings = [] if arguments.reading == PAIRS else [*sample_warnings(run, reading, arguments.bins)]
+    warn(*warnings, *([f"not every figure can be drawn: {problem}"] if problem else []))
     for name in files:
-        print(os.path.join(arguments.out, name))
+        say(os.path.join(arguments.out, name))
     return OK

@@ -6,7 +6,7 @@ import argparse
 
 from simpletuner_layerprobe.commands.arguments import KNOWN_MODELS, Add
 from simpletuner_layerprobe.commands.imports import named_model
-from simpletuner_layerprobe.commands.output import OK
+from simpletuner_layerprobe.commands.output import OK, say
 from simpletuner_layerprobe.targets import require_new_folder
 
 
@@ -43,5 +43,5 @@ def command(arguments: argparse.Namespace) -> int:
     model = None if arguments.model is None else named_model(arguments)
     run = import_records(arguments.file, arguments.run, model=model, tokens=arguments.tokens)
     arguments.written = [arguments.run]
-    print(f"{run.counted} imported into {arguments.run}")
+    say(f"{run.counted} imported into {arguments.run}")
     return OK

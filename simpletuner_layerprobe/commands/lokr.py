@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from simpletuner_layerprobe.commands.arguments import (
@@ -20,8 +21,8 @@ from simpletuner_layerprobe.commands.arguments import (
     within,
 )
 from simpletuner_layerprobe.commands.imports import light, named_model
-from simpletuner_layerprobe.commands.lokr_output import Frozen, as_json, print_plan
-from simpletuner_layerprobe.commands.output import OK, print_json, warn, warn_of_samples
+from simpletuner_layerprobe.commands.lokr_output import Frozen, as_json, print_factors, print_plan
+from simpletuner_layerprobe.commands.output import OK, print_json, sample_warnings, say, warn
 from simpletuner_layerprobe.errors import ConfigError
 from simpletuner_layerprobe.targets import CONFIG, require_file
 
@@ -138,6 +139,11 @@ def add_parser(add: Add) -> None:
         help="write the SimpleTuner environment config/NAME: its config.json, from the probe run's own, and its "
         "lycoris_config.json",
     )
+    planned.add_argument(
+        "--closest",
+        action="store_true",
+        help=f"write also a plan that misses the budget by more than {FAR_FROM_BUDGET:.1%}%: the closest there is",
+    )
     add_force(added, "a config")
     add_wide(printed)
     added.add_argument(
@@ -173,7 +179,19 @@ def command(arguments: argparse.Namespace) -> int:
     options = _options(arguments, of)
     least = run.contribution(reading).least(count) if run is not None and count else ()
     freeze = tuple(sorted({*numbers, *least}))
+    if run is not None and not run.manifest.modules and not _of_modules(arguments):
+        known = run.confidence(reading=reading, **options)
+        print_factors(
+            known, block_rows(run, None, known, reading=reading, **options), reading or run.reading, wide=arguments.wide
+        )
+        warn(*sample_warnings(run, reading, BINS))
+        return OK
     made = plan(of, reading=reading, freeze=freeze, **options)
+    if _is_far(made) and (arguments.out or arguments.env) is not None and not arguments.closest:
+        raise ConfigError(
+            f"nothing is written: the budget is {made.budget:,} parameters, and the closest plan has "
+            f"{made.parameters:,} ({made.bound}); ask for another budget, or write this plan with --closest"
+        )
     _write(arguments, run, made, dry_run=True)  # before the proof, which takes seconds
     with light("peft" if arguments.algo == "lora" else "lycoris", arguments):
         made = made.verify()
@@ -185,19 +203,14 @@ def command(arguments: argparse.Namespace) -> int:
         frozen = Frozen(freeze, least, agreement, *_saved(of, made, reading=reading, **options))
     written, following = _write(arguments, run, made)
     arguments.written = written
-    if run is not None:
-        warn_of_samples(run, reading, BINS)
-        for name in run.contribution(reading).dropped:
-            warn(f"the {name} stream has no sample with finite distances; it is left out")
-    if made.budget is not None and abs(made.gap) > FAR_FROM_BUDGET * made.budget:
-        warn(f"the config has {made.parameters:,} parameters, the budget is {made.budget:,}: {made.bound}")
+    warn(*_warnings(arguments, run, made, reading))
     if arguments.json:
         print_json(as_json(arguments, run, made, sure, rows, frozen, written))
         return OK
     print_plan(made, sure, rows, reading or (run.reading if run is not None else ""), frozen, wide=arguments.wide)
     for path in written:
-        print(f"written: {path}")
-    print(following)
+        say(f"written: {path}")
+    say(following)
     return OK
 
 
@@ -215,6 +228,34 @@ def _options(arguments: argparse.Namespace, of: Run | Architecture) -> dict[str,
             )
         options["params"] = like.parameters
     return options
+
+
+def _of_modules(arguments: argparse.Namespace) -> bool:
+    """Whether what is asked for needs the model's modules: anything but the table of the article's factors."""
+    budget_or_files = (arguments.params, arguments.out, arguments.env, arguments.rank, arguments.direction)
+    asked = arguments.json or arguments.per_stream or arguments.freeze != ((), 0) or arguments.algo != "lokr"
+    return asked or arguments.by == ABLATION or any(value is not None for value in budget_or_files)
+
+
+def _is_far(made: Plan) -> bool:
+    return made.budget is not None and abs(made.gap) > FAR_FROM_BUDGET * made.budget
+
+
+def _warnings(arguments: argparse.Namespace, run: Run | None, made: Plan, reading: str | None) -> Iterator[str]:
+    """What is to be known of the plan beside its table."""
+    from simpletuner_layerprobe.api.plans import programs, written_twice
+
+    if arguments.env is not None and run is not None:
+        for name in programs(run):
+            yield f"{name} starts a program and is left out of the new config; add it there yourself if it is yours"
+    if run is not None:
+        yield from sample_warnings(run, reading, BINS)
+        for name in run.contribution(reading).dropped:
+            yield f"the {name} stream has no sample with finite distances; it is left out"
+    if isinstance(arguments.params, str):
+        yield from written_twice(arguments.params)
+    if _is_far(made):
+        yield f"the config has {made.parameters:,} parameters, the budget is {made.budget:,}: {made.bound}"
 
 
 def _saved(of: Run | Architecture, made: Plan, **options: Any) -> tuple[int | None, int | None]:
@@ -248,12 +289,10 @@ def _write(
 
     dry_run: only see whether it can be written.
     """
-    from simpletuner_layerprobe.api.plans import environment, programs
+    from simpletuner_layerprobe.api.plans import environment
 
     if arguments.env is not None and run is not None:
         trained = environment(arguments.env, run, made, force=arguments.force, dry_run=dry_run)
-        for name in () if dry_run else programs(run):
-            warn(f"{name} starts a program and is left out of the new config; add it there yourself if it is yours")
         return [str(path) for path in trained.written], f"next: simpletuner train env={trained.name}"
     if arguments.out is not None:
         if not dry_run:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from simpletuner_layerprobe.commands.output import LEFT, RIGHT, print_table
+from simpletuner_layerprobe.commands.output import LEFT, RIGHT, print_table, say
 from simpletuner_layerprobe.lokr.amounts import BF16_BYTES
 from simpletuner_layerprobe.show.words import counted, listed, samples_text, share_text, size_text
 
@@ -47,6 +47,50 @@ def print_plan(
     """The table of blocks, what was asked for, reached and proved, and how sure it is. reading: that it goes by."""
     from simpletuner_layerprobe.api.options import EQUAL
 
+    heads, sides, table = _table(rows, sure)
+    blank = [""] * (len(heads) - 4)
+    table.append(["", "total", *blank, f"{plan.parameters:,}", f"{_size(plan.parameters)} in bf16"])
+    print_table(heads, table, "".join(sides), spare=_spare(heads), wide=wide)
+    if sure:
+        say(f"by       {READINGS[reading]}; {samples_text(sure.samples, sure.images)}")
+    if frozen:
+        say(f"frozen   {_frozen_text(plan, frozen)}; what it saves in time is not measured")
+    if frozen and frozen.agreement is not None:
+        say(
+            f"least    {_blocks(frozen.least)} contribute{'s' * (len(frozen.least) == 1)} least; "
+            f"{share_text(frozen.agreement)} of the replicates name the same"
+        )
+    if plan.budget:
+        gap = f"{abs(plan.gap):,} ({abs(plan.gap) / plan.budget:.3%}) {'above' if plan.gap > 0 else 'below'}"
+        say(f"budget   {plan.budget:,} parameters, {_size(plan.budget)} in bf16; gap {gap if plan.gap else 'none'}")
+        say(f"bound    {plan.bound}")
+        say(f"split    {EQUAL_SPLIT if plan.direction == EQUAL else WEIGHTED_SPLIT}")
+    else:
+        half = "attention twice the factor" if plan.word == "factor" else "attention half of it; alpha is the rank"
+        say(f"feed-forward and modulation get the {plan.word}, {half}")
+    if sure:
+        say(sure.text(plan.word))
+    check = plan.check
+    assert check is not None, "a plan is verified before it is shown"
+    say(f"verified: {check.builder} {check.version} gives all {len(check.rows):,} modules the {plan.word} meant")
+
+
+def print_factors(sure: Confidence, rows: Sequence[BlockRow], reading: str, *, wide: bool) -> None:
+    """The table of a run without a module table: the article's factors, without a plan and a proof."""
+    heads, sides, table = _table(rows, sure)
+    print_table(heads, table, "".join(sides), spare=_spare(heads), wide=wide)
+    say(f"by       {READINGS[reading]}; {samples_text(sure.samples, sure.images)}")
+    say(sure.text())
+    say("not verified, parameters unknown: the run has no module table; name its model in layerprobe import --model")
+
+
+def _spare(heads: Sequence[str]) -> tuple[str, ...]:
+    """The columns that are left out first where there is no room."""
+    return ("agree", "95% interval", "contribution", *reversed(heads[3:-2]))
+
+
+def _table(rows: Sequence[BlockRow], sure: Confidence | None) -> tuple[list[str], list[str], list[list[str]]]:
+    """Heads, sides and a row per block."""
     kinds = list(dict.fromkeys(kind for row in rows for kind in row.numbers))
     heads, sides = ["", "block", "contribution"], [RIGHT, LEFT, RIGHT]
     if sure:
@@ -64,33 +108,8 @@ def print_plan(
             cells.append(str(row.numbers.get(kind, "-")))
             if sure:
                 cells.append(share_text(row.agreement[kind]) if kind in row.agreement else "-")
-        table.append([*cells, f"{row.parameters:,}", ", ".join(row.notes)])
-    blank = [""] * (len(heads) - 4)
-    table.append(["", "total", *blank, f"{plan.parameters:,}", f"{_size(plan.parameters)} in bf16"])
-    spare = ("agree", "95% interval", "contribution", *reversed(heads[3:-2]))
-    print_table(heads, table, "".join(sides), spare=spare, wide=wide)
-    if sure:
-        print(f"by       {READINGS[reading]}; {samples_text(sure.samples, sure.images)}")
-    if frozen:
-        print(f"frozen   {_frozen_text(plan, frozen)}; what it saves in time is not measured")
-    if frozen and frozen.agreement is not None:
-        print(
-            f"least    {_blocks(frozen.least)} contribute{'s' * (len(frozen.least) == 1)} least; "
-            f"{share_text(frozen.agreement)} of the replicates name the same"
-        )
-    if plan.budget:
-        gap = f"{abs(plan.gap):,} ({abs(plan.gap) / plan.budget:.3%}) {'above' if plan.gap > 0 else 'below'}"
-        print(f"budget   {plan.budget:,} parameters, {_size(plan.budget)} in bf16; gap {gap if plan.gap else 'none'}")
-        print(f"bound    {plan.bound}")
-        print(f"split    {EQUAL_SPLIT if plan.direction == EQUAL else WEIGHTED_SPLIT}")
-    else:
-        half = "attention twice the factor" if plan.word == "factor" else "attention half of it; alpha is the rank"
-        print(f"feed-forward and modulation get the {plan.word}, {half}")
-    if sure:
-        print(sure.text(plan.word))
-    check = plan.check
-    assert check is not None, "a plan is verified before it is shown"
-    print(f"verified: {check.builder} {check.version} gives all {len(check.rows):,} modules the {plan.word} meant")
+        table.append([*cells, "-" if row.parameters is None else f"{row.parameters:,}", ", ".join(row.notes)])
+    return heads, sides, table
 
 
 def as_json(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from simpletuner_layerprobe.commands.arguments import Add
-from simpletuner_layerprobe.commands.output import OK, warn
+from simpletuner_layerprobe.commands.output import OK, say, warn
 from simpletuner_layerprobe.show.words import counted
 
 
@@ -30,8 +30,13 @@ def command(arguments: argparse.Namespace) -> int:
     sources = merge(arguments.runs, arguments.out)
     arguments.written = [arguments.out]
     for source in sources:
-        print(f"{source.path}: {counted(source.samples, 'sample')}")
-        if source.skipped:
-            warn(f"{source.path}: {source.skipped:,} samples are in the runs before it or in it twice: counted once")
-    print(f"{load(arguments.out).counted} merged into {arguments.out}")
+        say(f"{source.path}: {counted(source.samples, 'sample')}")
+    warn(
+        *(
+            f"{source.path}: {source.skipped:,} samples are in the runs before it or in it twice: counted once"
+            for source in sources
+            if source.skipped
+        )
+    )
+    say(f"{load(arguments.out).counted} merged into {arguments.out}")
     return OK

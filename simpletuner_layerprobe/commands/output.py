@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from simpletuner_layerprobe.printable import printable
 from simpletuner_layerprobe.show.words import stream_text
 
 if TYPE_CHECKING:
@@ -39,23 +40,35 @@ def quiet() -> Iterator[None]:
         logging.disable(level)
 
 
-def warn(message: str) -> None:
-    print(f"layerprobe: warning: {message}", file=sys.stderr)
+def say(line: str = "", *, flush: bool = False) -> None:
+    """Print one line. All that commands print goes through here, and is escaped."""
+    print(printable(line), flush=flush)
 
 
-def warn_of_samples(run: Run, reading: str | None, bins: int) -> None:
-    """One warning per stream for bins without samples, and one for samples that were left out."""
-    for name, heatmap in run.heatmaps(reading, bins=bins).items():
-        empty = heatmap.empty_bins()
+def warn(*messages: str) -> None:
+    """What a command warns of, if anything: one line."""
+    if messages:
+        print(f"layerprobe: warning: {printable('; '.join(messages))}", file=sys.stderr)
+
+
+def sample_warnings(run: Run, reading: str | None, bins: int) -> Iterator[str]:
+    """A warning of bins without samples, in whichever stream, and one per stream of samples that were left out."""
+    heatmaps = run.heatmaps(reading, bins=bins)
+    empty_in: dict[tuple[int, ...], list[str]] = {}
+    for name, heatmap in heatmaps.items():
+        empty_in.setdefault(heatmap.empty_bins(), []).append(name)
+    for empty, names in empty_in.items():
         if empty:
             labels = bin_labels(bins)
             shown = ", ".join(labels[t] for t in empty[:5]) + (", ..." if len(empty) > 5 else "")
-            warn(
-                f"{len(empty)} of {bins} sigma bins have no samples {stream_text(name)} ({shown}); "
-                "they count as 0, as in the article: record more samples"
+            where = "" if len(names) == len(heatmaps) else f" {stream_text(names[0])}"
+            yield (
+                f"{len(empty)} of {bins} sigma bins have no samples{where} ({shown}) and count as 0, as in the "
+                "article; record more samples, or take fewer --bins"
             )
+    for name, heatmap in heatmaps.items():
         if heatmap.nonfinite:
-            warn(f"{heatmap.nonfinite:,} samples are left out {stream_text(name)}: numbers not finite")
+            yield f"{heatmap.nonfinite:,} samples are left out {stream_text(name)}: numbers not finite"
 
 
 def print_json(result: Mapping[str, Any]) -> None:
@@ -83,7 +96,8 @@ def print_table(
     sides: LEFT or RIGHT for each. spare: heads of the columns that are left out, in this order, while the table is too
     wide; a last column of text wraps in its own width.
     """
-    columns = list(zip(sides, zip(heads, *rows, strict=True), strict=True))
+    lines = [[printable(text) for text in row] for row in (heads, *rows)]
+    columns = list(zip(sides, zip(*lines, strict=True), strict=True))
     free, left_out = room(wide) - len(indent), []
     for head in spare:
         kept = [column for column in columns if column[1][0] != head]
@@ -95,7 +109,7 @@ def print_table(
         *first, last = cells
         for line in _wrapped(last, max(widths[-1], 1)) or [""]:
             shown = zip((*first, line), (side for side, _ in columns), widths, strict=True)
-            print(f"{indent}{(GAP * ' ').join(f'{text:{side}{width}}' for text, side, width in shown)}".rstrip())
+            say(f"{indent}{(GAP * ' ').join(f'{text:{side}{width}}' for text, side, width in shown)}".rstrip())
             first = [""] * len(first)
     if left_out:
         print_text(f"{indent}left out to fit (--wide shows all): ", ", ".join(left_out))
@@ -112,7 +126,8 @@ def _widths(columns: Sequence[tuple[str, Sequence[str]]], free: int) -> list[int
 def print_text(label: str, text: str, *, wide: bool = False) -> None:
     """A label and a text beside it that wraps in its own width."""
     free = max(room(wide) - len(label), NARROWEST)
-    print("\n".join((label if i == 0 else " " * len(label)) + line for i, line in enumerate(_wrapped(text, free))))
+    for i, line in enumerate(_wrapped(printable(text), free)):
+        say((" " * len(label) if i else label) + line)
 
 
 def _wrapped(text: str, width: int) -> list[str]:
@@ -125,7 +140,7 @@ def print_verdict(verdict: Verdict, *, wide: bool = False) -> None:
     for name, sentence in verdict.lines.items():
         print_text(f"{name:<12}", f"{sentence}.", wide=wide)
     for name, command in verdict.commands.items():
-        print(f"  {name:<10}{command}")
+        say(f"  {name:<10}{command}")
 
 
 def bin_labels(bins: int) -> list[str]:

@@ -13,7 +13,7 @@ from simpletuner_layerprobe.commands.arguments import (
     add_tokens,
     chosen_run,
 )
-from simpletuner_layerprobe.commands.output import OK
+from simpletuner_layerprobe.commands.output import OK, sample_warnings, say, warn
 from simpletuner_layerprobe.errors import ConfigError
 from simpletuner_layerprobe.files import write_files
 from simpletuner_layerprobe.targets import PAGE, require_file
@@ -47,5 +47,6 @@ def command(arguments: argparse.Namespace) -> int:
     page = report(run, arguments.tokens, bins=arguments.bins, preset=arguments.preset)
     write_files({out: page.encode()}, force=arguments.force, place=place)
     arguments.written = [out]
-    print(out)
+    warn(*sample_warnings(run, arguments.tokens, arguments.bins))
+    say(str(out))
     return OK

@@ -16,7 +16,7 @@ from simpletuner_layerprobe.commands.arguments import (
     add_wide,
     chosen_run,
 )
-from simpletuner_layerprobe.commands.output import OK, bin_labels, print_json, print_text, print_verdict
+from simpletuner_layerprobe.commands.output import OK, bin_labels, print_json, print_text, print_verdict, say
 from simpletuner_layerprobe.show.words import counted, size_text
 
 if TYPE_CHECKING:
@@ -70,12 +70,13 @@ def command(arguments: argparse.Namespace) -> int:
     }
     for name, value in facts.items():
         print_text(f"{name:<12}", value, wide=arguments.wide)
-    print(f"{'sigma':<12}samples per bin, 0 clean .. 1 noise")
+    say(f"{'sigma':<12}samples per bin, 0 clean .. 1 noise")
     counts = run.counts(arguments.bins).tolist()
     for label, count in zip(bin_labels(arguments.bins), counts, strict=True):
         bar = "#" * math.ceil(HISTOGRAM_WIDTH * count / max(counts))
-        print(f"  {label:<14}{count:>12,}  {bar or '(none)'}")
-    print("\nVerdict")
+        say(f"  {label:<14}{count:>12,}  {bar or '(none)'}")
+    say()
+    say("Verdict")
     print_verdict(judged, wide=arguments.wide)
     return OK
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from simpletuner_layerprobe.commands.arguments import Add, add_force, add_wide, amount_of_parameters, within
 from simpletuner_layerprobe.commands.imports import light
 from simpletuner_layerprobe.commands.lokr import MAX_CONTRAST
-from simpletuner_layerprobe.commands.output import LEFT, OK, RIGHT, print_json, print_table, warn
+from simpletuner_layerprobe.commands.output import LEFT, OK, RIGHT, print_json, print_table, say, warn
 from simpletuner_layerprobe.commands.trial_output import as_json, print_trial
 from simpletuner_layerprobe.show.words import counted
 from simpletuner_layerprobe.targets import require_new_folder
@@ -132,13 +132,11 @@ def _new(arguments: argparse.Namespace) -> int:
     arguments.written = [arguments.folder]
     rows = [(arm.name, f"{arm.parameters:,}", arm.note) for arm in trial.arms]
     print_table(("arm", "parameters", ""), rows, LEFT + RIGHT + LEFT)
-    print(_work_ahead(trial))
-    for note in trial.notes:
-        warn(note)
-    for name in programs(run):
-        warn(f"{name} starts a program and is left out of the environments")
-    print(f"written: {trial.folder}")
-    print(f"next: layerprobe trial run {trial.folder}")
+    say(_work_ahead(trial))
+    left_out = (f"{name} starts a program and is left out of the environments" for name in programs(run))
+    warn(*trial.notes, *left_out)
+    say(f"written: {trial.folder}")
+    say(f"next: layerprobe trial run {trial.folder}")
     return OK
 
 
@@ -162,8 +160,8 @@ def _run(arguments: argparse.Namespace) -> int:
     trial = Trial.load(arguments.folder)
     # A batch system's goodbye ends the training that runs, as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    Work(trial, parse_only(arguments.only, trial), lambda line: print(line, flush=True)).run()
-    print(f"next: layerprobe trial report {trial.folder}")
+    Work(trial, parse_only(arguments.only, trial), lambda line: say(line, flush=True)).run()
+    say(f"next: layerprobe trial report {trial.folder}")
     return OK
 
 
@@ -184,5 +182,5 @@ def _report(arguments: argparse.Namespace) -> int:
             f"{counted(len(facts.seeds), 'seed')} of {len(trial.seeds)} trained for every arm; the others do not count"
         )
     print_trial(facts, judgement, wide=arguments.wide)
-    print(f"written: {page}")
+    say(f"written: {page}")
     return OK

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from simpletuner_layerprobe.commands.output import LEFT, RIGHT, print_table
+from simpletuner_layerprobe.commands.output import LEFT, RIGHT, print_table, say
 from simpletuner_layerprobe.show.words import counted, listed
 
 if TYPE_CHECKING:
@@ -20,17 +20,18 @@ def print_trial(facts: TrialFacts, made: Judgement, *, wide: bool = False) -> No
     from simpletuner_layerprobe.api.judgement import rate_text, sentences
 
     seeds = f"seed{'s' * (len(facts.seeds) != 1)} {listed([str(seed) for seed in facts.seeds])}"
-    print(f"{facts.model}: {counted(facts.steps, 'step')} with {seeds}")
-    print(f"judged on {counted(made.images, 'image')} of {facts.held_out}, less loss is better\n")
+    say(f"{facts.model}: {counted(facts.steps, 'step')} with {seeds}")
+    say(f"judged on {counted(made.images, 'image')} of {facts.held_out}, less loss is better")
+    say()
     columns = _columns(facts, made)
     if not any(columns["rate"][1]):
         del columns["rate"]
     rows = list(zip(*(cells for _, cells in columns.values()), strict=True))
     print_table(list(columns), rows, "".join(side for side, _ in columns.values()), spare=SPARED, wide=wide)
-    print()
+    say()
     for sentence in (*sentences(made), *(rate_text(name, tried) for name, tried in facts.tuning.items())):
         if sentence:
-            print(sentence)
+            say(sentence)
 
 
 def _columns(facts: TrialFacts, made: Judgement) -> dict[str, tuple[str, list[str]]]:

@@ -45,6 +45,7 @@ class Check:
     rows: the modules that were meant to get an adapter or get one, in the model's order. unmatched: name
     patterns and classes that the model has nothing for. notes: what else the reader should know of the
     config, one line each. version: of the builder, LyCORIS or PEFT. stops: why a training with it stops at once.
+    layers: the names of all linear and convolutional layers of the model.
     """
 
     rows: tuple[Row, ...]
@@ -53,6 +54,7 @@ class Check:
     version: str
     builder: str = "LyCORIS"
     stops: tuple[str, ...] = ()
+    layers: tuple[str, ...] = ()
 
     @property
     def wrong(self) -> tuple[Row, ...]:
@@ -62,6 +64,12 @@ class Check:
     def missing(self) -> tuple[Row, ...]:
         """The modules that were meant to get an adapter and get none."""
         return tuple(row for row in self.rows if row.got is None)
+
+    @property
+    def uncovered(self) -> tuple[str, ...]:
+        """The linear and convolutional layers of the model that get no adapter."""
+        covered = {row.name for row in self.rows if row.got is not None}
+        return tuple(name for name in self.layers if name not in covered)
 
     @property
     def extra(self) -> tuple[Row, ...]:

@@ -7,11 +7,12 @@ import math
 import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from simpletuner_layerprobe.errors import ConfigError
 from simpletuner_layerprobe.lokr.factors import AUTO_FACTOR
+from simpletuner_layerprobe.lokr.keys import did_you_mean
 from simpletuner_layerprobe.lokr.network import BY_POSITION, fresh_wrapper
 from simpletuner_layerprobe.lokr.presets import FULL, MAPS, is_file, named_preset, written_preset
 
@@ -20,6 +21,17 @@ if TYPE_CHECKING:
 
 MAX_NUMBER = 2**63  # of a setting
 MATCH_SECONDS = 5.0  # that the regular expressions of a config may take for one model; most take a thousandth
+MAX_MATCHES = 2_000_000  # names in a config times modules: some seconds; a name per module of SD3.5 Large is 0.3M
+_NUMBERS: dict[str, Callable[[Any], Any]] = {
+    "conv_dim": int,
+    "conv_alpha": float,
+    "dropout": float,
+    "rank_dropout": float,
+    "module_dropout": float,
+    "block_size": int,
+    "constraint": float,
+}
+"""Keys of which LyCORIS makes a number."""
 _LISTS = ("target_module", "target_name", "exclude_name")
 _PATTERNS = ("name_algo_map", "target_name", "exclude_name")
 
@@ -32,10 +44,16 @@ def check_form(config: Mapping[str, Any], where: str = "the config") -> None:
     needed = ["algo", "multiplier", "linear_alpha", *([] if config.get("full_matrix") is True else ["linear_dim"])]
     absent = [key for key in needed if key not in config]
     if absent:
-        raise ConfigError(f"{where} has no {absent[0]}; SimpleTuner stops at a LyCORIS config without it")
+        near = did_you_mean(absent[0], config.keys() - {*needed})
+        raise ConfigError(f"{where} has no {absent[0]}; SimpleTuner stops at a LyCORIS config without it{near}")
     for key in BY_POSITION:
         if key in config and not _is_taken(config[key]):
             raise ConfigError(f"{key} in {where} is {config[key]!r}; expected a number")
+    for key, convert in _NUMBERS.items():
+        try:
+            convert(config.get(key) or 0)  # as LyCORIS does, which would not name the key
+        except (TypeError, ValueError, OverflowError):
+            raise ConfigError(f"{key} in {where} is {config[key]!r}; expected a number") from None
     if not isinstance(config.get("preset", FULL), str):
         raise ConfigError(f"preset in {where} is {config['preset']!r}; expected the name of a preset")
     algo = config["algo"]
@@ -60,7 +78,7 @@ def _check_preset(preset: object, where: str, wrapper: Any) -> None:
         if key not in wrapper.VALID_PRESET_KEYS:
             raise ConfigError(
                 f"apply_preset in {where} has the unknown key {key!r}; LyCORIS knows: "
-                f"{', '.join(wrapper.VALID_PRESET_KEYS)}"
+                f"{', '.join(wrapper.VALID_PRESET_KEYS)}{did_you_mean(key, wrapper.VALID_PRESET_KEYS)}"
             )
     for key in _LISTS:
         names = preset.get(key, [])
@@ -98,13 +116,20 @@ def _check_regular_expression(pattern: str, where: str) -> None:
 
 
 def check_matching_ends(config: Mapping[str, Any], modules: Sequence[Module], where: str) -> None:
-    """Raise ConfigError if the config's regular expressions take longer than MATCH_SECONDS for these names.
+    """Raise ConfigError if the config has more patterns than MAX_MATCHES allows for these modules, or if its regular
+    expressions take longer than MATCH_SECONDS for their names.
 
     LyCORIS matches each with each name, and Python cannot interrupt that: one such as (a+)+$ takes longer than anybody
     waits, here and in the training. With a single repetition in it none does; others are tried in a process that can
     be ended.
     """
     preset = written_preset(config)
+    count = sum(len(preset.get(key, ())) for key in _PATTERNS)
+    if count * len(modules) > MAX_MATCHES:
+        raise ConfigError(
+            f"{where} has {count:,} names, and each is compared with each of the model's {len(modules):,} modules; "
+            f"at most {MAX_MATCHES // len(modules):,} can be checked: write patterns that stand for several"
+        )
     if preset.get("use_fnmatch"):
         return
     patterns = [pattern for key in _PATTERNS for pattern in preset.get(key, ()) if sum(map(pattern.count, "*+{?")) > 1]

@@ -10,6 +10,7 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
+from difflib import get_close_matches
 from functools import cache
 from typing import Any
 
@@ -44,6 +45,17 @@ def read_by(algo: str, key: str) -> bool:
     if key == "use_tucker":
         key = [*_parameters(_class(algo)), *[""] * _TUCKER][_TUCKER]
     return key in _mentioned(algo)
+
+
+def inside_keys(algo: str) -> frozenset[str]:
+    """The settings that an algorithm looks at, as single names and classes give them."""
+    return frozenset({"algo", *OF_ONE, *_mentioned(algo)})
+
+
+def did_you_mean(key: str, known: Iterable[str]) -> str:
+    """ "; did you mean factor?", "" where nothing is near."""
+    near = get_close_matches(key.lower(), sorted(known), 1, cutoff=0.75)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def without_effect(key: str, algorithms: Iterable[str]) -> bool:

@@ -11,9 +11,10 @@ import importlib.metadata
 import importlib.util
 import io
 import logging
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
-from functools import cache
+from functools import cache, lru_cache
 from importlib.abc import InspectLoader
 from importlib.machinery import ModuleSpec
 from types import CodeType
@@ -98,7 +99,19 @@ def fresh_wrapper() -> Any:
     spec, code = _wrapper_code()
     wrapper = importlib.util.module_from_spec(spec)
     exec(code, vars(wrapper))
+    wrapper.__dict__["re"] = _Compiled
     return wrapper
+
+
+class _Compiled:
+    """The `re` of LyCORIS's wrapper, without the limit of 512 patterns beyond which Python compiles each anew."""
+
+    @staticmethod
+    def match(pattern: str, name: str) -> re.Match[str] | None:
+        return _compiled(pattern).match(name)
+
+
+_compiled = lru_cache(maxsize=2**15)(re.compile)
 
 
 def wrapper_source() -> str:

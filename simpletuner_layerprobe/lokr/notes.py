@@ -6,7 +6,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from simpletuner_layerprobe.lokr.groups import Model, layer_kind
-from simpletuner_layerprobe.lokr.keys import global_keys, inner_names, outer_name, read_by, without_effect
+from simpletuner_layerprobe.lokr.keys import (
+    did_you_mean,
+    global_keys,
+    inner_names,
+    inside_keys,
+    outer_name,
+    read_by,
+    without_effect,
+)
 from simpletuner_layerprobe.lokr.meaning import matches_any, rules_of, self_and_parents
 from simpletuner_layerprobe.lokr.network import BY_POSITION, KEPT, fresh_wrapper
 from simpletuner_layerprobe.lokr.presets import (
@@ -180,7 +188,7 @@ def _instead(key: str, algorithms: Sequence[str]) -> str:
         return "LyCORIS reads it inside apply_preset"
     if any(read_by(algo, key) for algo in algorithms):
         return "LyCORIS reads it only inside name_algo_map and module_algo_map"
-    return "LyCORIS does not read it"
+    return f"LyCORIS does not read it{did_you_mean(key, global_keys())}"
 
 
 def _unread_inside(config: Mapping[str, Any], rows: Sequence[Row]) -> Iterator[str]:
@@ -207,7 +215,7 @@ def _unread_inside(config: Mapping[str, Any], rows: Sequence[Row]) -> Iterator[s
         hint = (
             f"; LyCORIS reads {instead} there"
             if instead != key and (instead == "dim" or read_by(algo, instead))
-            else ""
+            else did_you_mean(key, inside_keys(algo))
         )
         yield f"{key} has no effect with {algo} (given for {named[0]}{more}){hint}"
 

@@ -264,7 +264,9 @@ def decide_of(model: Model, **options: Any) -> Callable[[Bootstrap], Decide]:
             return article_decide(
                 bootstrap,
                 lambda value_N: article_factors(value_N, contrast=recipe.contrast),
-                critical=None if isinstance(recipe.critical, str) else recipe.critical,
+                critical=None
+                if isinstance(recipe.critical, str)
+                else checked_blocks(recipe.critical, len(bootstrap.names), "critical block"),
                 alike=_article_alike(recipe, groups) if groups else None,
                 **recipe.weighting,
             )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from simpletuner_layerprobe.lokr.adapter import LOKR, Adapter
 from simpletuner_layerprobe.lokr.check import Check, rows_of
 from simpletuner_layerprobe.lokr.factors import AUTO_FACTOR
 from simpletuner_layerprobe.lokr.form import check_form, check_matching_ends
-from simpletuner_layerprobe.lokr.groups import Model
+from simpletuner_layerprobe.lokr.groups import Model, layer_kind
 from simpletuner_layerprobe.lokr.meaning import reading
 from simpletuner_layerprobe.lokr.network import adapters_of, adapters_on, lycoris_version
 from simpletuner_layerprobe.lokr.notes import notes_of, unmatched
@@ -59,7 +60,7 @@ def check_config(
         path = config
         config, where = read_object(path, "a LyCORIS config"), str(path)
         made = check_config(config, model, where=where)
-        return replace(made, notes=(*_written_twice(path), *made.notes))
+        return replace(made, notes=(*written_twice(path), *made.notes))
     if not model.modules:
         raise ConfigError("the run has no module table (it was imported without --model); name the model with --model")
     check_form(config, where)
@@ -95,14 +96,15 @@ def _meant(config: Mapping[str, Any], model: Model) -> dict[str, Adapter]:
     return intended
 
 
-def _written_twice(path: str | os.PathLike[str]) -> list[str]:
+def written_twice(path: str | os.PathLike[str]) -> list[str]:
     """One line for each key that an object of the file has more than once: all but the last are lost."""
     twice: dict[str, None] = {}
 
     def counted(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        twice.update(dict.fromkeys(key for key in keys if keys.count(key) > 1))
-        return dict(pairs)
+        value = dict(pairs)
+        if len(value) < len(pairs):
+            twice.update(dict.fromkeys(key for key, count in Counter(key for key, _ in pairs).items() if count > 1))
+        return value
 
     with open(path, encoding="utf-8") as file:
         json.load(file, object_pairs_hook=counted)
@@ -123,7 +125,9 @@ def _checked(
 ) -> Check:
     rows = rows_of(model.modules, intended, got)
     notes = notes_of(config, model, rows)
-    return Check(rows, unmatched(config, model), notes, lycoris_version(), stops=stops_of(config, rows))
+    layers = tuple(module.name for module in model.modules if layer_kind(module) in ("linear", "conv"))
+    stops = stops_of(config, rows)
+    return Check(rows, unmatched(config, model), notes, lycoris_version(), stops=stops, layers=layers)
 
 
 def _alone(config: Mapping[str, Any], module: Module, settings: Mapping[str, Any]) -> Adapter | None:

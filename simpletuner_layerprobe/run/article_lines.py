@@ -41,6 +41,7 @@ BLOCK_BYTES = 4 * 1024 * 1024  # of lines that are held at once; also the longes
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _BZIP2_MAGIC = b"BZh"
+_OTHER_MAGICS = {b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip", b"PAR1": "parquet"}
 _NUMBERS = {int, float}  # what json makes of a number; bool is neither
 _HASH = re.compile(r"[0-9a-f]{16}")  # an `image` as `export_article` writes it
 _MOST = 2**31 - 1
@@ -100,19 +101,27 @@ def _opened(source: Path) -> BufferedIOBase:
     """The file's decompressed bytes. Closing the result closes everything."""
     try:
         with open(source, "rb") as file:
-            magic = file.read(3)
+            magic = file.read(6)
         if magic.startswith(_GZIP_MAGIC):
             return gzip.GzipFile(source, "rb")
-        if magic == _BZIP2_MAGIC:
+        if magic.startswith(_BZIP2_MAGIC):
             return bz2.BZ2File(source, "rb")
+        other = next((name for start, name in _OTHER_MAGICS.items() if magic.startswith(start)), None)
+        if other is not None:
+            raise RunError(f"{source} is a {other} file; expected JSON objects, one per line, plain or in gzip or bz2")
         return open(source, "rb")
     except OSError as error:
         raise RunError(f"cannot read {source}: {error.strerror}") from None
 
 
 def _blocks_of_lines(file: BufferedIOBase, source: Path) -> Iterator[tuple[int, bytes]]:
-    """(number of the first line, whole lines), without blocks of blank lines; holds about BLOCK_BYTES."""
+    """(number of the first line, whole lines), without blocks of blank lines; holds about BLOCK_BYTES.
+
+    A small compressed file may hold any number of blank lines: more than BLOCK_BYTES of blanks, and more than of
+    anything else, are an error.
+    """
     number, rest, more = 1, b"", True
+    blank_bytes = other_bytes = 0
     while more:
         try:
             data = file.read(BLOCK_BYTES)
@@ -124,7 +133,11 @@ def _blocks_of_lines(file: BufferedIOBase, source: Path) -> Iterator[tuple[int, 
         block, rest = (rest + data[:cut], data[cut:]) if cut or not more else (b"", rest + data)
         if len(rest) > BLOCK_BYTES:
             raise RunError(f"{source}, line {number}: over {BLOCK_BYTES} bytes long; expected one record")
-        if block and not block.isspace():
+        others = len(block.translate(None, b" \t\r\n"))
+        blank_bytes, other_bytes = blank_bytes + len(block) - others, other_bytes + others
+        if blank_bytes > max(BLOCK_BYTES, other_bytes):
+            raise RunError(f"{source}, line {number}: mostly blank lines from here; expected one record per line")
+        if others:
             yield number, block
         number += block.count(b"\n")
 

@@ -25,7 +25,7 @@ from simpletuner_layerprobe.run.stream_file import StreamFile
 if TYPE_CHECKING:
     import pandas
 
-MAX_LOADED_BYTES = 8 * 1024**3  # of distances that `load_article` holds
+MAX_LOADED_BYTES = 8 * 1024**3  # of samples that `load_article` holds
 _PANDAS = dict.fromkeys(FACTS, "Int32") | {"image": "UInt64", "dropped": "boolean", "backend": "string"}
 
 
@@ -120,7 +120,7 @@ def load_run(path: RunPath, tokens: str = "last") -> RunData:
 
     path: also the output_dir that the run's folder lies in. tokens: the reading that an article file's distances are
     of, "last" or "mean".
-    Raises RunError if there is no such run, it is damaged, or a file has over 8 GiB of distances.
+    Raises RunError if there is no such run, it is damaged, or a file has over 8 GiB of them.
     """
     if os.path.isfile(path):
         return load_article(path, tokens)
@@ -137,8 +137,8 @@ def load_article(source: RunPath, tokens: str = "last") -> RunData:
     held_bytes = 0
     for rows in read_records(path, tokens):
         parts.append(rows)
-        held_bytes += sum(distance_NL.nbytes for distance_NL in rows.distances.values())
+        held_bytes += sum(column.nbytes for column in rows.columns().values())
         if held_bytes > MAX_LOADED_BYTES:
-            raise RunError(f"{source} has over {MAX_LOADED_BYTES} bytes of distances; import it into a run folder")
+            raise RunError(f"{source} has over {MAX_LOADED_BYTES} bytes of samples; import it into a run folder")
     rows = Rows.concat(parts)
     return RunData(path, article_manifest(rows, path, tokens), rows.columns())

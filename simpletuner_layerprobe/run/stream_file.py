@@ -29,7 +29,7 @@ from pyarrow import ipc
 from simpletuner_layerprobe import __version__
 from simpletuner_layerprobe.errors import RunError
 from simpletuner_layerprobe.run.folder import plain_file_size
-from simpletuner_layerprobe.run.manifest import Manifest
+from simpletuner_layerprobe.run.manifest import MANIFEST_NAME, Manifest
 from simpletuner_layerprobe.run.rows import FACTS, column_name, out_of_range
 
 MAX_RANK = 9999
@@ -198,7 +198,12 @@ class _Reading:
         if metadata.pop(_CRC, "") != _checksum(metadata):
             raise ValueError("the checksum of its head does not fit")
         if metadata.get("manifest") != self._manifest.identity():
-            raise self._error("belongs to another run, or the manifest was changed")
+            if metadata["run_id"] != self._manifest.run_id:
+                raise self._error("belongs to another run")
+            raise RunError(
+                f"{self._file.path.with_name(MANIFEST_NAME)} and the records do not fit: it was changed after "
+                f"{self._file.path.name} of the same run was recorded; put the manifest back as it was"
+            )
         lists = [field for field in schema if pa.types.is_fixed_size_list(field.type)]
         doubles = frozenset(field.name for field in lists if field.type.value_type == pa.float64())
         if not schema.equals(arrow_schema(self._manifest, doubles)):

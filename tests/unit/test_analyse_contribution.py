@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from failing import fails
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -188,10 +189,21 @@ def test_weights_belong_to_their_streams() -> None:
     assert by_text.value_L.tolist() == [1, 0]
 
 
-@pytest.mark.parametrize("percentile", [0, -1, 100.5, float("nan")])
-def test_a_percentile_outside_its_range_is_refused(percentile: float) -> None:
-    with pytest.raises(ProbeError, match=r"clip percentile is .*, expected above 0 and at most 100"):
+@pytest.mark.parametrize(
+    ("percentile", "meant"), [(0, ""), (-1, ""), (100.5, ""), (float("nan"), ""), (0.9, ": did you mean 90?")]
+)
+def test_a_percentile_outside_its_range_is_refused(percentile: float, meant: str) -> None:
+    with fails(f"the clip percentile is {percentile}; expected above 1 and at most 100{meant}"):
         article_contributions({"image": heatmap("image", "ab", [0.1, 0.2])}, clip_percentile=percentile)
+
+
+@pytest.mark.parametrize("weights", [(0, 0), (-1, 2), (float("nan"), 1), (float("inf"), 1)])
+def test_weights_that_leave_nothing_are_refused(weights: tuple[float, float]) -> None:
+    text_weight, image_weight = weights
+    with fails(f"text_weight is {text_weight} and image_weight {image_weight}; expected numbers of 0 or more"):
+        article_contributions(
+            {"image": heatmap("image", "ab", [0.1, 0.2])}, text_weight=text_weight, image_weight=image_weight
+        )
 
 
 def test_equal_contributions_are_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import resource
@@ -16,6 +17,7 @@ from command_line import TINY, Result, assert_one_line, in_a_process, snapshot
 from synthetic_run import SD35_LARGE, manifest, records, rows, sd3_modules, write_rows, write_run
 
 from simpletuner_layerprobe.cli import parser
+from simpletuner_layerprobe.commands import output
 from simpletuner_layerprobe.errors import ProbeError
 from simpletuner_layerprobe.run.load import load_run
 from simpletuner_layerprobe.run.manifest import create_run
@@ -218,6 +220,42 @@ def test_a_file_of_records_is_a_run_too(layerprobe: Command, tiny_run: Path, tmp
     assert_one_line(layerprobe("report", file), 1, "name the page with --out")
 
 
+@pytest.mark.parametrize("samples", [2, 60])
+def test_status_does_not_guess_from_too_few_samples(layerprobe: Command, tmp_path: Path, samples: int) -> None:
+    run = write_run(tmp_path / "run", TINY, samples, images=samples, modules=sd3_modules(6)).path
+    settled = facts_of(layerprobe("status", run))["enough"]
+    assert settled.endswith("fewer than 10 samples in a sigma bin (preset article)")
+
+
+HOSTILE = "ph\x1b[2Jo\nsettled  \u202eé日本\x9b"
+SHOWN = "ph\\x1b[2Jo\\nsettled  \\u202eé日本\\x9b"
+
+
+def test_what_a_run_calls_things_stays_text_on_the_terminal(layerprobe: Command, tmp_path: Path) -> None:
+    odd = tmp_path / "ru\x1b[1mn\u2066"
+    run = write_run(odd, TINY, 400, images=40, facts={"backend": [HOSTILE, "b\rc"] * 200}).path
+    assert layerprobe("export", run, tmp_path / "r.jsonl", "--facts").code == 0
+    for command in (("status", run), ("status", tmp_path / "r.jsonl"), ("findings", run), ("compare", run, run)):
+        shown = layerprobe(*command)
+        assert shown.code == 0 and all(line.isprintable() for line in shown.out.split("\n")), shown
+        assert command[0] != "status" or SHOWN in shown.out
+    for command in (("status", odd / "no\x1bne"), ("status", run, "--bins", "\x1b[1m"), ("export", run, run)):
+        shown = layerprobe(*command)
+        assert shown.code in (1, 2) and shown.err[:-1].isprintable() and "\\x1b" in shown.err
+
+
+def test_commands_print_through_one_function() -> None:
+    """`say` escapes what a terminal would act on; print would not."""
+    commands = Path(output.__file__).parent
+    printing = {
+        (path.name, node.lineno)
+        for path in commands.glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print"
+    }
+    assert {name for name, _ in printing} == {"output.py"} and len(printing) == 3
+
+
 # heatmap
 
 
@@ -246,10 +284,11 @@ def test_heatmap_says_what_it_cannot_draw_and_which_bins_are_empty(layerprobe: C
     assert shown.code == 0
     assert sorted(os.listdir(tmp_path / "out")) == ["figure1_streams.png", "heatmap.npz"]
     assert shown.err.startswith(
-        "layerprobe: warning: 7 of 10 sigma bins have no samples in the image stream "
-        "(0 - 0.1, 0.2 - 0.3, 0.3 - 0.4, 0.4 - 0.5, 0.6 - 0.7, ...);"
+        "layerprobe: warning: 7 of 10 sigma bins have no samples "
+        "(0 - 0.1, 0.2 - 0.3, 0.3 - 0.4, 0.4 - 0.5, 0.6 - 0.7, ...) and count as 0,"
     )
-    assert "layerprobe: warning: not every figure can be drawn: all 1 blocks have the same contribution" in shown.err
+    assert "; not every figure can be drawn: all 1 blocks have the same contribution" in shown.err
+    assert shown.err.count("\n") == 1
 
 
 # findings

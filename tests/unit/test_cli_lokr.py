@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -192,11 +193,45 @@ def test_a_run_that_does_not_know_its_model_cannot_be_planned(layerprobe: Comman
             layerprobe("lokr", run, *arguments, "--out", tmp_path / "out.json"), 1, "no module table", "--model"
         )
     assert snapshot(tmp_path) == before
+    shown = layerprobe("lokr", run)
+    lines = shown.out.splitlines()
+    factors = layerprobe_api.load(run).confidence(preset="article").factor_K.tolist()
+    assert (shown.code, shown.err) == (0, "")
+    assert [line.split()[6] for line in lines[1:7]] == [str(factor) for factor in factors]
+    assert lines[-1].startswith("not verified, parameters unknown: the run has no module table;")
+    for arguments in (("--json",), ("--freeze", "1"), ("--algo", "loha"), ("--params", "1M")):
+        assert_one_line(layerprobe("lokr", run, *arguments), 1, "no module table", "--model")
     known = write_run(tmp_path / "known", TINY, 100, modules=sd3_modules(6)).path
     assert_one_line(layerprobe("lokr", known, "--env", "weighted"), 1, "config.json does not exist", "--out")
 
 
 # A budget
+
+
+def test_a_plan_far_from_the_budget_is_written_only_if_it_is_asked_for(
+    layerprobe: Command, tiny_run: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "lycoris.json"
+    before = snapshot(tmp_path)
+    for params in ("1", "1KiB", "1B"):
+        shown = layerprobe("lokr", tiny_run, "--params", params, "--out", path)
+        assert_one_line(shown, 1, "nothing is written: the budget is", "plan of this kind has", "--closest")
+        assert_one_line(layerprobe("lokr", tiny_run, "--params", params, "--env", "new"), 1, "--closest")
+    assert snapshot(tmp_path) == before
+    shown = layerprobe("lokr", tiny_run, "--params", "1")
+    assert shown.code == 0 and shown.err.startswith("layerprobe: warning: the config has 10,688 parameters")
+    assert layerprobe("lokr", tiny_run, "--params", "1", "--closest", "--out", path).code == 0
+    assert built(path, tiny_run) == 10_688
+
+
+def test_keys_written_twice_in_the_config_of_a_budget_are_said(
+    layerprobe: Command, tiny_run: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "mine.json"
+    assert layerprobe("lokr", tiny_run, "--out", path).code == 0
+    path.write_text(path.read_text().replace('"algo": "lokr"', '"algo": "loha", "algo": "lokr"'))
+    shown = layerprobe("lokr", tiny_run, "--params", path)
+    assert "algo is written more than once; the last counts" in shown.err
 
 
 def test_a_budget_is_kept_and_the_config_is_what_was_counted(
@@ -548,7 +583,7 @@ def test_a_stream_without_finite_samples_is_left_out(layerprobe: Command, tmp_pa
     for options in ((), ("--params", "60k", "--per-stream"), ("--algo", "loha")):
         shown = layerprobe("lokr", run, *options, "--json")
         assert shown.code == 0
-        assert "warning: the audio stream has no sample with finite distances; it is left out" in shown.err
+        assert "the audio stream has no sample with finite distances; it is left out" in shown.err
         assert len(json.loads(shown.out)["blocks"]) == 6
     assert "of 6 factors" in layerprobe("status", run).out
     image = manifest({"image": TINY["image"]}, readings=("last",), modules=sd3_modules(6))
@@ -593,6 +628,53 @@ def test_a_config_that_is_none_or_of_another_model_is_one_line(
     shown = layerprobe("check-config", path, "--run", tiny_run)
     assert_one_line(shown, 1, "gives no module of this model an adapter")
     assert "note   nothing in the model matches other.0.ff*" in shown.out
+
+
+def test_what_a_config_does_not_reach_and_what_it_nearly_says(
+    layerprobe: Command, tiny_run: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "mine.json"
+    config = {"algo": "lokr", "multiplier": 1, "linear_dim": 100, "linear_alpha": 1, "facter": 4}
+    names = {"transformer_blocks.0.ff*": {"facter": 2}, "transformer_blocks.1.ff*": {"dimm": 2}}
+    path.write_text(
+        json.dumps(config | {"apply_preset": {"target_module": [], "name_algo_map": names, "use_fnmatch": True}})
+    )
+    shown = layerprobe("check-config", path, "--run", tiny_run)
+    assert shown.code == 0
+    assert "note   facter has no effect: LyCORIS does not read it; did you mean factor?" in shown.out
+    assert "facter has no effect with lokr (given for transformer_blocks.0.ff*); did you mean factor?" in shown.out
+    assert "dimm has no effect with lokr (given for transformer_blocks.1.ff*); did you mean dim?" in shown.out
+    said = "reach  6 of the model's 43 linear and convolutional layers; 37 get no adapter, first context_embedder"
+    assert said in shown.out.splitlines()
+    for changed, near in (
+        ({"linear_dimm": 1}, "linear_dim"),
+        ({"apply_preset": {"target_modul": []}}, "target_module"),
+    ):
+        wrong = {key: value for key, value in config.items() if key != "linear_dim"} | changed
+        path.write_text(json.dumps(wrong if near == "linear_dim" else config | changed))
+        said = "did you mean linear_dimm?" if near == "linear_dim" else "did you mean target_module?"
+        assert_one_line(layerprobe("check-config", path, "--run", tiny_run), 1, said)
+
+
+@pytest.mark.parametrize("use_fnmatch", [True, False])
+def test_more_names_than_anybody_waits_for_are_refused(
+    layerprobe: Command, tiny_run: Path, tmp_path: Path, use_fnmatch: bool
+) -> None:
+    path = tmp_path / "many.json"
+    config = {"algo": "lokr", "multiplier": 1, "linear_dim": 100, "linear_alpha": 1, "full_matrix": True}
+
+    def write(count: int) -> None:
+        names = {f"other_blocks.{number}.ff": {"factor": 4} for number in range(count)}
+        preset = {"target_module": [], "name_algo_map": names, "use_fnmatch": use_fnmatch}
+        path.write_text(json.dumps(config | {"apply_preset": preset}))
+
+    write(50_000)
+    for command in (("check-config", path, "--run"), ("lokr", "--params", path)):
+        assert_one_line(layerprobe(*command, tiny_run), 1, "has 50,000 names, and each is compared with each of the")
+    started = time.process_time()
+    write(2_000)
+    assert_one_line(layerprobe("check-config", path, "--run", tiny_run), 1, "no module of this model an adapter")
+    assert time.process_time() - started < 10  # patterns beyond 512 were compiled anew for each module: a minute
 
 
 def test_what_learns_nothing_stops(layerprobe: Command, tiny_run: Path, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ BASE = {"errors", "readings"}
 # models, api, plugin and commands see both halves, recording (probe, training) and offline (analyse, lokr, show).
 KNOWS: dict[str, set[str]] = {
     "errors": set(),
+    "printable": set(),
     "readings": {"errors"},
     "targets": {"errors"},
     "files": {"errors", "targets"},
@@ -40,14 +41,15 @@ KNOWS: dict[str, set[str]] = {
     "plugin": {*BASE, "training", "analyse", "lokr", "show", "api"},
     "trial": {*BASE, "targets", "files", "run", "training", "analyse", "lokr", "show", "api"},
     # Of lokr and show a few words, see below.
-    "commands": {"errors", "targets", "files", "api", "trial", "lokr", "show"},
-    "cli": {"errors", "commands"},
+    "commands": {"errors", "printable", "targets", "files", "api", "trial", "lokr", "show"},
+    "cli": {"errors", "printable", "commands"},
     "": {"api", "errors"},  # __init__.py: the names of the API, on demand
 }
 WORDS = (f"{NAME}.lokr.amounts.", f"{NAME}.show.words.", f"{NAME}.show.findings.", f"{NAME}.show.verdict.")
 # Which foreign packages a part may import anywhere in it, beside the standard library.
 FOREIGN: dict[str, set[str]] = {
     "errors": set(),
+    "printable": set(),
     "readings": set(),
     "targets": set(),
     "files": set(),
@@ -67,7 +69,7 @@ FOREIGN: dict[str, set[str]] = {
     "": set(),
 }
 HEAVY = ("torch", "simpletuner", "lycoris", "peft", "diffusers", "transformers", "matplotlib", "pandas")
-LIGHT = ("", "errors", "readings", "run", "analyse", "lokr", "show", "published", "models", "api")
+LIGHT = ("", "errors", "printable", "readings", "run", "analyse", "lokr", "show", "published", "models", "api")
 LIGHT += ("trial", "commands", "cli")
 
 

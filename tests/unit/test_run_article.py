@@ -336,12 +336,12 @@ def test_a_stream_that_records_cannot_have_is_left_out(tmp_path: Path) -> None:
 def test_more_than_memory_should_hold_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "in").write_bytes(GOOD * 9)
     monkeypatch.setattr(load, "MAX_LOADED_BYTES", 100)
-    with fails("has over 100 bytes of distances; import it into a run folder"):
+    with fails("has over 100 bytes of samples; import it into a run folder"):
         load_article(tmp_path / "in")
 
 
 @pytest.mark.parametrize("suffix", ["gz", "bz2"])
-@pytest.mark.parametrize(("piece", "text"), [(b"[", "line 1: over"), (b"\n", "has no records")])
+@pytest.mark.parametrize(("piece", "text"), [(b"[", "line 1: over"), (b"\n", "mostly blank lines from here")])
 def test_hostile_archives_take_little_memory(tmp_path: Path, suffix: str, piece: bytes, text: str) -> None:
     """Three hundred million empty lines, and a line that does not end."""
     with (gzip.GzipFile if suffix == "gz" else bz2.BZ2File)(tmp_path / "bomb", "wb", compresslevel=1) as file:

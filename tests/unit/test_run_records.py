@@ -20,7 +20,7 @@ from synthetic_run import SD35_LARGE, manifest, read_rows, rows
 
 from simpletuner_layerprobe.errors import RunError
 from simpletuner_layerprobe.run import records, stream_file
-from simpletuner_layerprobe.run.manifest import Manifest, create_run
+from simpletuner_layerprobe.run.manifest import Manifest, create_run, new_run_id
 from simpletuner_layerprobe.run.records import RecordWriter, stream_files
 from simpletuner_layerprobe.run.rows import FACTS, UNKNOWN, Rows, image_hash
 from simpletuner_layerprobe.run.stream_file import arrow_schema, batch_metadata, schema_metadata
@@ -369,11 +369,18 @@ def test_what_follows_behind_the_end_is_damage(run):
 
 def test_a_file_of_another_run_is_refused(run, tmp_path):
     folder, what = run
-    other = create_run(tmp_path / "other", replace(what, settings={"sigmas": "training"}))
+    other = create_run(tmp_path / "other", replace(what, run_id=new_run_id(), settings={"sigmas": "training"}))
     foreign = written(tmp_path / "other", other, (3,))
     os.rename(foreign, folder / foreign.name)
-    with fails(f"{foreign.name} belongs to another run, or the manifest was changed; move it out of the folder"):
+    with fails(f"{foreign.name} belongs to another run; move it out of the folder"):
         stream_files(folder, what)
+
+
+def test_a_manifest_edited_by_hand_is_not_blamed_on_a_stream_file(run):
+    folder, what = run
+    path = written(folder, what, (3,))
+    with fails(f"manifest.json and the records do not fit: it was changed after {path.name} of the same run"):
+        stream_files(folder, replace(what, flavour="another"))
 
 
 def test_a_file_of_the_same_kind_of_run_is_read_and_a_copy_counts_once(run, tmp_path):

@@ -171,7 +171,19 @@ def measured(way: str, path: Path, times: int = 1) -> dict[str, Any]:
 def whole_command(run: Path, config: Path) -> dict[str, Any]:
     """`layerprobe lokr` from the start of its process to the proved config in a file."""
     code = "import sys; from simpletuner_layerprobe.cli import main; sys.exit(main())"  # as the script `layerprobe`
-    command = [sys.executable, "-c", code, "lokr", str(run), "--critical", "0,31,35", "--out", str(config)]
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "lokr",
+        str(run),
+        "--preset",
+        "article",
+        "--critical",
+        "0,31,35",
+        "--out",
+        str(config),
+    ]
     start = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         assert process.stdout is not None

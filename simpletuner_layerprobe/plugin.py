@@ -172,7 +172,7 @@ class LiveView:
         images = {}
         if last or run.samples >= self._next_images:
             for stream, heatmap in heatmaps.items():
-                title = f"{stream} stream, {heatmap.reading} token, {run.samples} samples"
+                title = f"{stream} stream, {heatmap.reading} token, {run.counted}"
                 images[f"layerprobe/heatmap_{stream}"] = live_image(title, heatmap.values_TL, heatmap.counts_T)[None]
             self._next_images = IMAGES_GROWTH * run.samples
         self._samples, self._since = run.samples, now

@@ -62,8 +62,11 @@ def tiny(tiny_sd3: Path, tmp_path: Path) -> Callable[..., Path]:
         shutil.copytree(source, folder)
         path = folder / "config" / "tiny-probe" / "config.json"
         config = json.loads(path.read_text())
-        del config["layerprobe_samples"]
-        config |= {"max_train_steps": 0, "num_train_epochs": 0 if options.get("max_train_steps") else 1}
+        config |= {
+            "layerprobe_samples": 0,
+            "max_train_steps": 0,
+            "num_train_epochs": 0 if options.get("max_train_steps") else 1,
+        }
         config |= options
         path.write_text(json.dumps(config))
         return folder

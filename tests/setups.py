@@ -323,6 +323,44 @@ def parsed_examples() -> None:
     sys.exit(0)
 
 
+def optimizer_states() -> None:
+    """What SimpleTuner's optimizers keep for a matrix, in bytes for each number: [in bf16, in float32], or null."""
+    import json
+    from pathlib import Path
+
+    import torch
+    from simpletuner.helpers.training import optimizer_param
+
+    def size(tensor: Any) -> int:
+        if hasattr(tensor, "__tensor_flatten__"):  # quantised
+            return sum(size(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+        return tensor.numel() * tensor.element_size()
+
+    def tensors(kept: Any) -> Any:
+        values = kept.values() if isinstance(kept, dict) else kept if isinstance(kept, (list, tuple)) else ()
+        yield from (inner for value in values for inner in tensors(value))
+        if isinstance(kept, torch.Tensor):
+            yield kept
+
+    def measured(choice: Any, dtype: torch.dtype) -> float | None:
+        parameter = torch.nn.Parameter(torch.randn(256, 512, dtype=dtype))
+        try:
+            optimizer = choice["class"]([parameter], **{**choice["default_settings"], "lr": 1e-4})
+            for _ in range(2):
+                parameter.grad = torch.randn_like(parameter) / 100
+                optimizer.step()
+        except Exception:
+            return None
+        return sum(map(size, tensors(dict(optimizer.state)))) / parameter.numel()
+
+    choices = optimizer_param.optimizer_choices
+    kept = {
+        name: [measured(each, dtype) for dtype in (torch.bfloat16, torch.float32)] for name, each in choices.items()
+    }
+    Path("states.json").write_text(json.dumps({name: both for name, both in kept.items() if any(both)}))
+    sys.exit(0)
+
+
 def eager_wandb() -> None:
     """The same, with wandb's folder for pictures made anew: an earlier forked run took it along when it ended."""
     from pathlib import Path

@@ -62,6 +62,7 @@ def least_blocks(value_L: NDArray[np.float64], count: int) -> tuple[int, ...]:
 def article_contributions(
     streams: Mapping[str, Heatmap],
     *,
+    by_own: bool = False,
     clip_percentile: float = 90.0,
     text_weight: float = 1 / 3,
     image_weight: float = 2 / 3,
@@ -76,6 +77,8 @@ def article_contributions(
     a stream lacks takes the value of the nearest block before it that all have (after it, if none is
     before). On SD3.5 Large that gives the article's numbers: `(text + image[:, :37]) / 2`, and the 38th
     block repeats the 37th. With one stream that stream decides alone and its weight plays no part.
+    by_own: such a block takes instead what the streams that have it give it by themselves (`stream_contributions`), for
+    several their mean by the weights; the article's recipe does not.
 
     The text stream has `text_weight`, every other stream `image_weight`. A stream without a sample of finite
     distances (LTX-2's audio where all clips are silent) is left out, with the blocks that only it has. Raises
@@ -105,10 +108,20 @@ def article_contributions(
             f"all {len(covered)} blocks have the same contribution ({low:.6g}), so nothing can be weighted; "
             "take fewer bins if some have no samples, a higher clip_percentile, or other weights"
         )
+    value_L = ((average_L - low) / (high - low))[block_sources([part.blocks for part in parts])]
+    if by_own:
+        _set_own(
+            value_L[None],
+            {name: part.values_TL[None] for name, part in streams.items()},
+            {name: part.blocks for name, part in streams.items()},
+            clip_percentile=clip_percentile,
+            text_weight=text_weight,
+            image_weight=image_weight,
+        )
     return Contribution(
         blocks=blocks,
-        value_L=((average_L - low) / (high - low))[block_sources([part.blocks for part in parts])],
-        covered_L=np.array([block in covered for block in blocks]),
+        value_L=value_L,
+        covered_L=np.array([by_own or block in covered for block in blocks]),
         critical=critical_blocks(streams),
         dropped=dropped,
     )
@@ -141,11 +154,16 @@ def stream_sources(stream: str, blocks: Mapping[str, Sequence[str]]) -> NDArray[
 
 
 def article_values(
-    mean_RTL: Mapping[str, NDArray[np.float64]], blocks: Mapping[str, Sequence[str]], **weighting: float
+    mean_RTL: Mapping[str, NDArray[np.float64]],
+    blocks: Mapping[str, Sequence[str]],
+    *,
+    by_own: bool = False,
+    **weighting: float,
 ) -> NDArray[np.float64]:
     """(R, L) the article's contributions of R sets of heatmaps, for every block that any stream has.
 
-    weighting: as `article_averages` takes it. Blocks that are all equal in a set get 0 there.
+    by_own: as `article_contributions` takes it. weighting: as `article_averages` takes it. Blocks that are all equal in
+    a set get 0 there.
     """
     average_RC = article_averages(mean_RTL, blocks, **weighting)
     low_R1, high_R1 = average_RC.min(axis=1, keepdims=True), average_RC.max(axis=1, keepdims=True)
@@ -153,7 +171,31 @@ def article_values(
     value_RL: NDArray[np.float64] = ((average_RC - low_R1) / np.where(spread_R1 > 0, spread_R1, 1))[
         :, block_sources(list(blocks.values()))
     ]
+    if by_own:
+        _set_own(value_RL, mean_RTL, blocks, **weighting)
     return value_RL
+
+
+def _set_own(
+    value_RL: NDArray[np.float64],
+    mean_RTL: Mapping[str, NDArray[np.float64]],
+    blocks: Mapping[str, Sequence[str]],
+    *,
+    clip_percentile: float = 90.0,
+    text_weight: float = 1 / 3,
+    image_weight: float = 2 / 3,
+) -> None:
+    """Set, in place, the contributions of the blocks that not all streams have: see `article_contributions`."""
+    having = {
+        number: [name for name in blocks if block in blocks[name]]
+        for number, block in enumerate(all_blocks(list(blocks.values())))
+    }
+    own = stream_values(mean_RTL, blocks, clip_percentile) if any(len(h) < len(blocks) for h in having.values()) else {}
+    for number, names in having.items():
+        if len(names) < len(blocks):
+            weights = [text_weight if name == "text" else image_weight for name in names]
+            values = np.stack([own[name][:, number] for name in names])
+            value_RL[:, number] = np.average(values, axis=0, weights=weights if any(weights) else None)
 
 
 def stream_values(
@@ -208,12 +250,25 @@ def critical_blocks(streams: Mapping[str, Heatmap]) -> dict[str, tuple[int, ...]
     Per stream, on the bins that have samples: the blocks that are `far_out`. The numbers are positions in the list of
     all blocks, which is the image stream's own list on SD3 and Flux.
     """
-    blocks = all_blocks([heatmap.blocks for heatmap in streams.values()])
-    critical = {}
-    for name, heatmap in streams.items():
-        outside_L = far_out(heatmap.values_TL[None], heatmap.counts_T > 0)[0]
-        critical[name] = tuple(blocks.index(heatmap.blocks[i]) for i in np.flatnonzero(outside_L))
-    return critical
+    return critical_of(
+        {name: heatmap.values_TL for name, heatmap in streams.items()},
+        {name: heatmap.counts_T for name, heatmap in streams.items()},
+        {name: heatmap.blocks for name, heatmap in streams.items()},
+    )
+
+
+def critical_of(
+    mean_TL: Mapping[str, NDArray[np.float64]],
+    counts_T: Mapping[str, NDArray[np.int64]],
+    blocks: Mapping[str, Sequence[str]],
+) -> dict[str, tuple[int, ...]]:
+    """`critical_blocks` of the means and samples of each stream's (T, L) cells and bins."""
+    every = all_blocks(list(blocks.values()))
+    outside = {name: far_out(values_TL[None], counts_T[name] > 0)[0] for name, values_TL in mean_TL.items()}
+    return {
+        name: tuple(every.index(blocks[name][i]) for i in np.flatnonzero(outside_L).tolist())
+        for name, outside_L in outside.items()
+    }
 
 
 def far_out(mean_RTL: NDArray[np.float64], filled_T: NDArray[np.bool_]) -> NDArray[np.bool_]:

@@ -191,7 +191,7 @@ def article_decide(
     number_L = {name: [names.index(block) for block in blocks[name]] for name in blocks}
 
     def decide(mean_RTL: Mapping[str, NDArray[np.float64]]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        value_RL = article_values(mean_RTL, blocks, **weighting)
+        value_RL = article_values(mean_RTL, blocks, by_own=False, **weighting)
         factor_RL = factors(value_RL.ravel()).reshape(value_RL.shape)
         critical_RL = np.zeros(value_RL.shape, dtype=bool)
         if critical is not None:

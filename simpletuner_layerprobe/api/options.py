@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypedDict
 
 from simpletuner_layerprobe.errors import ConfigError
@@ -18,11 +18,12 @@ class PlanOptions(TypedDict, total=False):
     """What a plan can be asked for; lokr/plan.py says all of it.
 
     params: a budget of trainable parameters. preset: in its place "article" (the recipe), or "400M", "800MB" (in bf16);
-    by default the layerprobe_preset of the probe run, else the article's. critical: numbers of the blocks that get
-    factor 1, or "auto": by the recipe those that stick out far, with a budget none. direction: with a budget "more-
-    change-more-capacity", "more-change-less-capacity" or "uniform", which is equal factors; by default these, unless
-    per_stream, contrast or a reading say that it is to be weighted (docs/study-weighting.md). per_stream: with a
-    budget, whether image and text modules go by their own streams. contrast: how much larger the factor of the least
+    by default as many parameters as the probe run's own config trains (`Run.plan_size`). critical: numbers of the
+    blocks that get factor 1, or "auto": those that stick out far, with a budget in the streams in which they do; by
+    default "auto" by the recipe and none with a budget. direction: with a budget "more-change-more-capacity",
+    "more-change-less-capacity" or "uniform", which is equal factors; by default these, unless per_stream, contrast or a
+    reading say that it is to be weighted (docs/study-weighting.md). per_stream: with a budget, whether image and text
+    modules go by their own streams. contrast: how much larger the factor of the least
     block is than that of the most; 12. freeze: numbers of the blocks that get nothing, such as
     run.contribution("ablation").least(6). algo: "lokr", "loha", "locon" or "lora". rank: the largest, by the recipe.
     weighting: clip_percentile, text_weight and image_weight where they are not the article's.
@@ -38,6 +39,15 @@ class PlanOptions(TypedDict, total=False):
     algo: str
     rank: int | None
     weighting: Mapping[str, float]
+
+
+def sized(options: PlanOptions, size: Callable[[], int]) -> PlanOptions:
+    """The options with `size` parameters if they name none. Raises ConfigError for a rank without the recipe."""
+    if options.get("params") is not None or options.get("preset") is not None:
+        return options
+    if options.get("rank") is not None:
+        raise ConfigError("a rank is the largest by the article's recipe; ask for that too, with the preset article")
+    return {**options, "params": size()}
 
 
 def asked_of(options: PlanOptions, preset: str, *, weighed: bool = False) -> dict[str, Any]:

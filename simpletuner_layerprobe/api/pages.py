@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 from simpletuner_layerprobe.api.options import EQUAL, WEIGHED, PlanOptions
 from simpletuner_layerprobe.api.plans import Architecture, alike, plan
 from simpletuner_layerprobe.api.run import Run
-from simpletuner_layerprobe.api.verdict import verdict
+from simpletuner_layerprobe.api.verdict import judged_for, verdict
 from simpletuner_layerprobe.errors import ProbeError, RunError
 from simpletuner_layerprobe.readings import ABLATION, TOKENS, WHOLE, parse_reading
 from simpletuner_layerprobe.show.blocks import BlockRow
@@ -37,12 +37,12 @@ def block_rows(
     both were made with.
     """
     if isinstance(run, Run):
-        contribution = run.contribution(reading, bins, **options.get("weighting", {}))
+        contribution = run.plan_contribution(reading, bins, **options)
         decided = run.decided(reading=reading, bins=bins, **options)
     else:
         contribution, decided = alike(run), ()
     return tuple(
-        _block_row(number, contribution, plan, sure, decided, options.get("critical", "auto"))
+        _block_row(number, contribution, plan, sure, decided, options.get("critical"))
         for number in range(len(contribution.blocks))
     )
 
@@ -53,7 +53,7 @@ def _block_row(
     plan: Plan | None,
     sure: Confidence | None,
     decided: Sequence[tuple[int, str]],
-    critical: str | tuple[int, ...],
+    critical: str | tuple[int, ...] | None,
 ) -> BlockRow:
     numbers, groups = _numbers(number, plan, sure)
     agreement, unsettled = {}, []
@@ -62,11 +62,11 @@ def _block_row(
             name = kind or next(iter(numbers))
             agreement[name] = float(sure.agreement_K[place])
             unsettled += [] if sure.settled_K[place] else [name]
-    if isinstance(critical, str):
-        by_recipe = plan is None or plan.budget is None
-        where = [name for name, those in contribution.critical.items() if by_recipe and number in those]
-    else:
+    if isinstance(critical, tuple):
         where = [""] if number in critical else []
+    else:
+        looked_for = critical is not None or plan is None or plan.budget is None
+        where = [name for name, those in contribution.critical.items() if looked_for and number in those]
     return BlockRow(
         number=number,
         block=contribution.blocks[number],
@@ -153,20 +153,18 @@ def report(run: Run, reading: str | None = None, bins: int = 10, preset: str | N
     """
     from simpletuner_layerprobe.show.page import page
 
-    first = reading or run.reading
+    goal, named = judged_for(run, preset)
+    first = run.plan_reading(reading, **goal)
     readings = (first, *(name for name in TOKENS if name in run.readings and name != first))
-    asked = {first: reading} | {name: name for name in readings[1:]}
-    views = {name: _view(run, asked[name], bins, preset or run.preset) for name in readings}
-    return page(
-        run.data, verdict(run, reading, preset), views, run.findings(reading, bins), _ablated(run, reading, bins)
-    )
+    views = {name: _view(run, name, bins, goal, named) for name in readings}
+    return page(run.data, verdict(run, reading, preset), views, run.findings(first, bins), _ablated(run, first, bins))
 
 
-def _view(run: Run, reading: str | None, bins: int, preset: str) -> View:
-    """What the report shows of one reading."""
+def _view(run: Run, reading: str, bins: int, goal: PlanOptions, named: str) -> View:
+    """What the report shows of one reading. goal: what its factors are made for, and named so."""
     from simpletuner_layerprobe.show.page import View, Weights
 
-    options: dict[str, Any] = {"reading": reading, "preset": preset, "direction": WEIGHED}
+    options: Any = {"reading": reading, "direction": WEIGHED, **goal}
     heatmaps = run.heatmaps(reading, bins)
     try:
         made = plan(run, **options) if run.manifest.modules else None
@@ -176,7 +174,7 @@ def _view(run: Run, reading: str | None, bins: int, preset: str) -> View:
             even = plan(run, reading=reading, params=made.budget or made.parameters, direction=EQUAL)
             equal = tuple(map(even.block_parameters, range(len(even.blocks))))
         rows = block_rows(run, made, sure, **options)
-        return View(heatmaps, Weights(rows, preset, sure.text(), equal))
+        return View(heatmaps, Weights(rows, named, sure.text(), equal))
     except ProbeError as error:
         return View(heatmaps, None, str(error))
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Unpack
 
-from simpletuner_layerprobe.api.options import PlanOptions, asked_of
+from simpletuner_layerprobe.api.options import PlanOptions, asked_of, sized
 from simpletuner_layerprobe.api.run import Run
 from simpletuner_layerprobe.errors import ConfigError, ModelError
+from simpletuner_layerprobe.lokr.amounts import ARTICLE
 from simpletuner_layerprobe.models import NAMED, Architecture, architecture
 from simpletuner_layerprobe.readings import WHOLE, all_blocks, parse_reading
 
@@ -47,12 +49,14 @@ def plan(
 ) -> Plan:
     """A weighted LoKr (or LoHa, LoCon, LoRA) for a run's model; options: see PlanOptions.
 
-    A budget gives equal factors unless it is asked to weigh the blocks: by a reading, a direction, a contrast or per
-    stream. reading: what the contributions are of, the run's angle unless "ablation" or another is named.
+    Without a size it has as many parameters as the run's own config trains. A budget gives equal factors unless it is
+    asked to weigh the blocks: by a reading, a direction, a contrast or per stream. reading: what the contributions are
+    of, `Run.plan_reading` unless "ablation" or another is named.
     run: with an `architecture`, or what names one, in its place all blocks count the same and a budget is needed. The
-    plan's .numbers are a factor or rank for each of its .groups of modules, .parameters the trainable ones; .verify()
-    proves with LyCORIS that every module gets what is meant, .write(path) writes the config. Raises ConfigError for
-    options that do not fit and without a module table.
+    plan's .numbers are a factor or rank for each of its .groups of modules, .parameters the trainable ones, .own what
+    the run's own config trains; .verify() proves with LyCORIS that every module gets what is meant, .write(path) writes
+    the config. Raises ConfigError for options that do not fit, without a module table, and where no size is given and
+    that of the run's own config is not known.
     """
     from simpletuner_layerprobe.analyse.contribution import stream_contributions
     from simpletuner_layerprobe.lokr.plan import make_plan
@@ -63,15 +67,14 @@ def plan(
         raise ConfigError(
             f"{reading} is of the {parse_reading(reading).stream} stream alone; a plan is of whole blocks"
         )
-    weighting = options.get("weighting", {})
-    contribution = run.contribution(reading, bins, **weighting)
+    options = sized(options, lambda: run.plan_size)
+    contribution = run.plan_contribution(reading, bins, **options)
     streams = None
     if options.get("per_stream"):
-        clip = {name: value for name, value in weighting.items() if name == "clip_percentile"}
-        streams = stream_contributions(run.heatmaps(reading, bins), **clip)
-    return make_plan(
-        run.manifest, contribution, streams=streams, **asked_of(options, run.preset, weighed=reading is not None)
-    )
+        clip = {name: value for name, value in options.get("weighting", {}).items() if name == "clip_percentile"}
+        streams = stream_contributions(run.heatmaps(run.plan_reading(reading, **options), bins), **clip)
+    asked = asked_of(options, ARTICLE, weighed=reading is not None)
+    return replace(make_plan(run.manifest, contribution, streams=streams, **asked), own=run.own)
 
 
 def _plan_alike(model: Architecture, options: PlanOptions) -> Plan:
@@ -80,7 +83,7 @@ def _plan_alike(model: Architecture, options: PlanOptions) -> Plan:
 
     if options.get("direction", "uniform") != "uniform" or options.get("per_stream"):
         raise ConfigError("without a run no contributions are known: all blocks get the same, in no other direction")
-    asked = asked_of({**options, "direction": None}, "article")  # type: ignore[typeddict-item]
+    asked = asked_of({**options, "direction": None}, ARTICLE)  # type: ignore[typeddict-item]
     if Recipe(**asked).parameters is not None:
         asked["direction"] = "uniform"
     elif asked.get("rank") is None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from simpletuner_layerprobe.analyse.heatmap import Heatmap, PairHeatmap
     from simpletuner_layerprobe.analyse.samples import Samples
     from simpletuner_layerprobe.analyse.settled import Confidence, Decide
+    from simpletuner_layerprobe.lokr.own import Own
     from simpletuner_layerprobe.run.load import RunData
     from simpletuner_layerprobe.run.manifest import Manifest
     from simpletuner_layerprobe.run.stream_file import StreamFile
@@ -57,6 +58,7 @@ class Run:
         self._samples: dict[str, Samples] = {}
         self._bootstraps: dict[tuple[str, int], Bootstrap] = {}
         self._ablations: dict[tuple[str, int], Ablation] = {}
+        self._own: Own | None = None
 
     def __repr__(self) -> str:
         return f"<Run {self.path}: {self.model or 'unknown model'}, {self.counted}>"
@@ -96,9 +98,7 @@ class Run:
     @property
     def counted(self) -> str:
         """ "2,000 samples of 60 images"."""
-        from simpletuner_layerprobe.show.words import samples_text
-
-        return samples_text(self.samples, self.images)
+        return self.data.counted
 
     @property
     def sigma(self) -> NDArray[np.float64]:
@@ -318,10 +318,14 @@ class Run:
 
         return parted(self.samples_in(ABLATION), count, seed)
 
-    def contribution(self, reading: str | None = None, bins: int = 10, **weighting: float) -> Contribution:
+    def contribution(
+        self, reading: str | None = None, bins: int = 10, *, by_own: bool = False, **weighting: float
+    ) -> Contribution:
         """`contributions` without what the replicates say: value_L, covered_L, critical by stream; least(6): numbers.
 
-        reading: "ablation" for what the loss needs, in the place of the angle; needs a run with layerprobe_ablation.
+        by_own: whether a block that not all streams have goes by those that have it, as in plans of a given size, and
+        not by its neighbour, as in the article's recipe. reading: "ablation" for what the loss needs, in the place of
+        the angle; needs a run with layerprobe_ablation.
         """
         from simpletuner_layerprobe.analyse.contribution import article_contributions
         from simpletuner_layerprobe.readings import ABLATION
@@ -331,7 +335,7 @@ class Run:
                 f"{self.path} was recorded without ablation of whole blocks; record it with layerprobe_ablation: "
                 "blocks, or use --by angle"
             )
-        return article_contributions(self.heatmaps(reading, bins), **weighting)
+        return article_contributions(self.heatmaps(reading, bins), by_own=by_own, **weighting)
 
     def contributions(self, reading: str | None = None, bins: int = 10, **weighting: float) -> Contributions:
         """The contribution of every block by the article's recipe: values, low, high and settled, (L,) each.
@@ -342,7 +346,7 @@ class Run:
         from simpletuner_layerprobe.analyse.settled import confidence
         from simpletuner_layerprobe.lokr.plan import decide_of
 
-        contribution = self.contribution(reading, bins, **weighting)
+        contribution = self.contribution(reading, bins, by_own=False, **weighting)
         try:
             sure = self.confidence(reading=reading, bins=bins, preset="article", weighting=weighting)
         except ConfigError:  # what the modules would train is not known: factors are compared by name
@@ -372,6 +376,82 @@ class Run:
         except ProbeError:
             return "article"
         return named
+
+    @property
+    def own(self) -> Own:
+        """What the run's own config trains: .parameters, its size; raises ConfigError where that is not known."""
+        from simpletuner_layerprobe.lokr.own import Own
+        from simpletuner_layerprobe.training.own import read_training
+
+        if self._own is None:
+            try:
+                self._own = Own(self.manifest, read_training(self.path))
+            except ConfigError as error:
+                self._own = Own(self.manifest, problem=str(error))
+        return self._own
+
+    @property
+    def plan_size(self) -> int:
+        """The trainable parameters of a plan unless others are asked for.
+
+        Those of an amount in the run's layerprobe_preset, else as many as its own config trains. Raises ConfigError
+        where that is not known.
+        """
+        from simpletuner_layerprobe.lokr.amounts import preset_parameters
+        from simpletuner_layerprobe.lokr.groups import require_table
+
+        require_table(self.manifest)
+        return preset_parameters(self.preset) or self.own.parameters
+
+    def plan_reading(self, reading: str | None = None, **options: Unpack[PlanOptions]) -> str:
+        """The reading that a plan goes by, unless one is named: by the article's recipe the run's own, with a number of
+        parameters the mean over the tokens, if it was recorded."""
+        return reading or ("mean" if self._by_size(options) and "mean" in self.readings else self.reading)
+
+    def plan_contribution(
+        self, reading: str | None = None, bins: int = 10, **options: Unpack[PlanOptions]
+    ) -> Contribution:
+        """`contribution` as a plan with these options goes by it."""
+        asked: dict[str, Any] = {"by_own": self._by_size(options), **options.get("weighting", {})}
+        return self.contribution(self.plan_reading(reading, **options), bins, **asked)
+
+    def _by_size(self, options: PlanOptions) -> bool:
+        """Whether a number of parameters is asked for, and not the article's recipe."""
+        from simpletuner_layerprobe.lokr.amounts import preset_parameters
+
+        return preset_parameters(options.get("params") or options.get("preset") or self.preset) is not None
+
+    def other_reading(self, reading: str) -> str:
+        """The other reading of the angle, "mean" for "last" or the reverse; "" if it was not recorded."""
+        others = [name for name in TOKENS if name in self.readings and name != reading]
+        return others[0] if reading in TOKENS and others else ""
+
+    def decided_otherwise(
+        self, other: str, *, reading: str | None = None, bins: int = 10, **options: Unpack[PlanOptions]
+    ) -> dict[int, tuple[int, int]]:
+        """What the same plan would decide otherwise by the reading `other`: number of a block -> its parameters so far,
+        and by the other one. Raises ConfigError without a module table."""
+        here, there = (
+            self._block_parameters(name, bins, options) for name in (self.plan_reading(reading, **options), other)
+        )
+        return {n: pair for n, pair in enumerate(zip(here, there, strict=True)) if pair[0] != pair[1]}
+
+    def _block_parameters(self, reading: str, bins: int, options: PlanOptions) -> list[int]:
+        """(L,) what a plan by this reading gives each block, found as for the replicates."""
+        from simpletuner_layerprobe.lokr.plan import Recipe
+
+        bootstrap, decide = self._decision(reading, bins, options)
+        recipe = Recipe(**asked_of(options, self.preset, weighed=True))
+        groups = recipe.groups(self.manifest, bootstrap.names, bootstrap.blocks)
+        number_K = decide({name: mean_TL[None] for name, mean_TL in bootstrap.mean_TL.items()})[1][0].tolist()
+        if recipe.parameters is None:
+            kept = dict.fromkeys(group.number for group in groups)
+            factors = dict(zip(kept, number_K, strict=True))
+            number_K = [recipe.article_number(group, factors[group.number]) for group in groups]
+        parameters = dict.fromkeys(self.blocks, 0)
+        for group, number in zip(groups, number_K, strict=True):
+            parameters[group.block] += group.parameters(recipe.algo, number)
+        return list(parameters.values())
 
     def confidence(
         self, *, share: float = 0.95, reading: str | None = None, bins: int = 10, **options: Unpack[PlanOptions]
@@ -424,20 +504,19 @@ class Run:
         from simpletuner_layerprobe.lokr.plan import Recipe
 
         recipe = Recipe(**asked_of(options, self.preset, weighed=reading is not None))
-        bootstrap = self._bootstrap(reading, bins)
+        bootstrap = self._bootstrap(self.plan_reading(reading, **options), bins)
         if not self.manifest.modules:
             return tuple((number, "") for number in range(len(bootstrap.names)))
         groups = recipe.groups(self.manifest, bootstrap.names, bootstrap.blocks)
         if recipe.parameters is None:
             return tuple(dict.fromkeys((group.number, "") for group in groups))
-        return tuple(
-            (group.number, f"{group.stream} {group.kind}" if recipe.per_stream else group.kind) for group in groups
-        )
+        streams = len({group.stream for group in groups}) > 1
+        return tuple((group.number, f"{group.stream} {group.kind}" if streams else group.kind) for group in groups)
 
     def _decision(self, reading: str | None, bins: int, options: PlanOptions) -> tuple[Bootstrap, Decide]:
         from simpletuner_layerprobe.lokr.plan import decide_of
 
-        bootstrap = self._bootstrap(reading, bins)
+        bootstrap = self._bootstrap(self.plan_reading(reading, **options), bins)
         asked = asked_of(options, self.preset, weighed=reading is not None)
         return bootstrap, decide_of(self.manifest, **asked)(bootstrap)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from simpletuner_layerprobe.commands.arguments import Add, add_bins, add_run, add_tokens, add_wide, chosen_run
+from simpletuner_layerprobe.commands.imports import light
 from simpletuner_layerprobe.commands.output import OK, print_json, print_text, print_verdict, say
 from simpletuner_layerprobe.show.words import block_range
 
@@ -43,17 +44,19 @@ def command(arguments: argparse.Namespace) -> int:
     run = load(chosen_run(arguments))
     reading = arguments.tokens if arguments.reading == "angle" else arguments.reading
     sections = run.findings(reading, arguments.bins, arguments.tokens)
+    with light("lycoris", arguments):  # which counts what the run's own config trains
+        judged = verdict(run, arguments.tokens)
     if arguments.json:
         told = {
             "run": str(run.path),
             "samples": run.samples,
             "images": run.images,
-            "verdict": dict(verdict(run, arguments.tokens).lines),
+            "verdict": dict(judged.lines),
         }
         print_json({**told, **as_json(sections)})
         return OK
     say(f"{run.model or 'unknown model'}, {run.counted}")
-    print_verdict(verdict(run, arguments.tokens), wide=arguments.wide)
+    print_verdict(judged, wide=arguments.wide)
     for section in (section for _, those in by_kind(sections) for section in those if not section.empty):
         say()
         say(f"{TITLES[section.kind]}{where(section.stream)}")

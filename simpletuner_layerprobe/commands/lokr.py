@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from simpletuner_layerprobe.commands.arguments import (
 )
 from simpletuner_layerprobe.commands.imports import light, named_model
 from simpletuner_layerprobe.commands.lokr_output import Frozen, as_json, print_factors, print_plan
+from simpletuner_layerprobe.commands.lokr_size import MANY_TIMES, Size, other_json, other_lines, other_reading
 from simpletuner_layerprobe.commands.output import OK, print_json, sample_warnings, say, warn
 from simpletuner_layerprobe.errors import ConfigError
 from simpletuner_layerprobe.targets import CONFIG, require_file
@@ -76,7 +78,8 @@ def add_parser(add: Add) -> None:
     goal.add_argument(
         "--preset",
         choices=("article",),
-        help="the article's recipe; default the run's own layerprobe_preset, else article",
+        help="the article's recipe, whatever its size. Default without it and --params: as many parameters as the "
+        "run's own config trains, or the amount in its layerprobe_preset",
     )
     goal.add_argument(
         "--params",
@@ -88,10 +91,9 @@ def add_parser(add: Add) -> None:
     planned.add_argument(
         "--critical",
         type=critical_blocks,
-        default="auto",
         metavar="BLOCKS",
-        help="blocks that get factor 1: auto (by the recipe those beyond Tukey's far-out fence in a stream, with a "
-        "budget none), none, or numbers such as 0,31,35; default auto",
+        help="blocks that get factor 1: auto (those beyond Tukey's far-out fence in a stream; with a budget that "
+        "stream's modules alone), none, or numbers such as 0,31,35; default auto by the recipe, none with a budget",
     )
     added.add_argument(
         "--direction",
@@ -177,7 +179,8 @@ def command(arguments: argparse.Namespace) -> int:
     of = run or model
     assert of is not None, "one of them was given"
     options = _options(arguments, of)
-    least = run.contribution(reading).least(count) if run is not None and count else ()
+    going_by = "" if run is None else run.plan_reading(reading, **options)
+    least = run.plan_contribution(reading, **options).least(count) if run is not None and count else ()
     freeze = tuple(sorted({*numbers, *least}))
     if run is not None and not run.manifest.modules and not _of_modules(arguments):
         known = run.confidence(reading=reading, **options)
@@ -195,19 +198,23 @@ def command(arguments: argparse.Namespace) -> int:
     _write(arguments, run, made, dry_run=True)  # before the proof, which takes seconds
     with light("peft" if arguments.algo == "lora" else "lycoris", arguments):
         made = made.verify()
+        size = Size.of(made)
     sure = None if run is None else run.confidence(reading=reading, freeze=freeze, **options)
     rows = block_rows(of, made, sure, reading=reading, freeze=freeze, **options)
+    other = None if run is None else other_reading(run, reading, freeze=freeze, **options)
     frozen = None
     if freeze:
         agreement = sure.least_agreement(least) if sure is not None and least else None
         frozen = Frozen(freeze, least, agreement, *_saved(of, made, reading=reading, **options))
     written, following = _write(arguments, run, made)
     arguments.written = written
-    warn(*_warnings(arguments, run, made, reading))
+    warn(*_warnings(arguments, run, made, going_by, size))
     if arguments.json:
-        print_json(as_json(arguments, run, made, sure, rows, frozen, written))
+        print_json(as_json(arguments, run, made, sure, rows, frozen, written) | size.as_json() | other_json(other))
         return OK
-    print_plan(made, sure, rows, reading or (run.reading if run is not None else ""), frozen, wide=arguments.wide)
+    print_plan(made, sure, rows, going_by, frozen, wide=arguments.wide)
+    for line in (*size.lines(), *other_lines(other)):
+        say(line)
     for path in written:
         say(f"written: {path}")
     say(following)
@@ -215,10 +222,11 @@ def command(arguments: argparse.Namespace) -> int:
 
 
 def _options(arguments: argparse.Namespace, of: Run | Architecture) -> dict[str, Any]:
-    """What the arguments ask of a plan; what is not given keeps the API's default."""
-    from simpletuner_layerprobe.api import check_config
+    """What the arguments ask of a plan, its size too; what else is not given keeps the API's default."""
+    from simpletuner_layerprobe.api import Run, check_config
+    from simpletuner_layerprobe.api.options import sized
 
-    options = {name: vars(arguments)[name] for name in OF_A_PLAN if vars(arguments)[name] not in (None, False)}
+    options: Any = {name: vars(arguments)[name] for name in OF_A_PLAN if vars(arguments)[name] not in (None, False)}
     if isinstance(arguments.params, str):
         with light("lycoris", arguments):
             like = check_config(arguments.params, of)
@@ -227,6 +235,9 @@ def _options(arguments: argparse.Namespace, of: Run | Architecture) -> dict[str,
                 f"{arguments.params} gives no module of this model an adapter, so there is no budget to match"
             )
         options["params"] = like.parameters
+    if isinstance(of, Run):
+        with light("lycoris", arguments):
+            options = {**sized(options, lambda: of.plan_size)}
     return options
 
 
@@ -241,7 +252,7 @@ def _is_far(made: Plan) -> bool:
     return made.budget is not None and abs(made.gap) > FAR_FROM_BUDGET * made.budget
 
 
-def _warnings(arguments: argparse.Namespace, run: Run | None, made: Plan, reading: str | None) -> Iterator[str]:
+def _warnings(arguments: argparse.Namespace, run: Run | None, made: Plan, going_by: str, size: Size) -> Iterator[str]:
     """What is to be known of the plan beside its table."""
     from simpletuner_layerprobe.api.plans import programs, written_twice
 
@@ -249,13 +260,28 @@ def _warnings(arguments: argparse.Namespace, run: Run | None, made: Plan, readin
         for name in programs(run):
             yield f"{name} starts a program and is left out of the new config; add it there yourself if it is yours"
     if run is not None:
-        yield from sample_warnings(run, reading, BINS)
-        for name in run.contribution(reading).dropped:
+        yield from sample_warnings(run, going_by, BINS)
+        for name in run.contribution(going_by).dropped:
             yield f"the {name} stream has no sample with finite distances; it is left out"
     if isinstance(arguments.params, str):
         yield from written_twice(arguments.params)
     if _is_far(made):
         yield f"the config has {made.parameters:,} parameters, the budget is {made.budget:,}: {made.bound}"
+    if size.times is not None and size.times > MANY_TIMES:
+        yield (
+            f"the config has {size.times:.1f} times the parameters that your own config trains; at its size: "
+            f"{_at_own_size(arguments)}"
+        )
+
+
+def _at_own_size(arguments: argparse.Namespace) -> str:
+    """The same command at the size of the run's own config; what weighs the blocks goes on doing so."""
+    weighs = arguments.preset or any((arguments.direction, arguments.contrast, arguments.per_stream, arguments.tokens))
+    options = [f"--by {arguments.by}"] if arguments.by != ANGLE else []
+    options += [f"--tokens {arguments.tokens}"] if arguments.tokens else []
+    options += [f"--direction {arguments.direction or DIRECTIONS[0]}"] if weighs else []
+    options += [f"--env {shlex.quote(arguments.env)}"] if arguments.env else []
+    return " ".join(["layerprobe lokr", shlex.quote(arguments.run), *options])
 
 
 def _saved(of: Run | Architecture, made: Plan, **options: Any) -> tuple[int | None, int | None]:

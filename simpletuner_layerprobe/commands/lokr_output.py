@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from simpletuner_layerprobe.commands.output import LEFT, RIGHT, print_table, say
 from simpletuner_layerprobe.lokr.amounts import BF16_BYTES
-from simpletuner_layerprobe.show.words import counted, listed, samples_text, share_text, size_text
+from simpletuner_layerprobe.show.words import blocks_text, counted, samples_text, share_text, size_text
 
 if TYPE_CHECKING:
     from simpletuner_layerprobe.api.pages import BlockRow, Confidence, Plan, Run
@@ -57,7 +57,7 @@ def print_plan(
         say(f"frozen   {_frozen_text(plan, frozen)}; what it saves in time is not measured")
     if frozen and frozen.agreement is not None:
         say(
-            f"least    {_blocks(frozen.least)} contribute{'s' * (len(frozen.least) == 1)} least; "
+            f"least    {blocks_text(frozen.least)} contribute{'s' * (len(frozen.least) == 1)} least; "
             f"{share_text(frozen.agreement)} of the replicates name the same"
         )
     if plan.budget:
@@ -177,7 +177,7 @@ def as_json(
 
 def _frozen_text(plan: Plan, frozen: Frozen) -> str:
     """What freezing saves."""
-    text = _blocks(frozen.numbers)
+    text = blocks_text(frozen.numbers)
     if frozen.whole is None or frozen.modules is None:
         return text
     saved = frozen.whole - plan.parameters
@@ -185,10 +185,6 @@ def _frozen_text(plan: Plan, frozen: Frozen) -> str:
     if plan.budget:
         text += ", and the budget goes to the other blocks"
     return f"{text}; {abs(saved):,} parameters {'fewer' if saved >= 0 else 'more'} than without ({frozen.whole:,})"
-
-
-def _blocks(numbers: Sequence[int]) -> str:
-    return f"block{'s' * (len(numbers) > 1)} {listed([str(number) for number in numbers])}"
 
 
 def _size(parameters: int) -> str:

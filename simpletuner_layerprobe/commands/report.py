@@ -13,6 +13,7 @@ from simpletuner_layerprobe.commands.arguments import (
     add_tokens,
     chosen_run,
 )
+from simpletuner_layerprobe.commands.imports import light
 from simpletuner_layerprobe.commands.output import OK, sample_warnings, say, warn
 from simpletuner_layerprobe.errors import ConfigError
 from simpletuner_layerprobe.files import write_files
@@ -44,7 +45,8 @@ def command(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"{run.path} is no folder that the page could lie in; name the page with --out")
     place = run.path / "report.html"
     out = require_file(place if arguments.out is None else arguments.out, PAGE, force=arguments.force, place=place)
-    page = report(run, arguments.tokens, bins=arguments.bins, preset=arguments.preset)
+    with light("lycoris", arguments):  # which counts what the run's own config trains
+        page = report(run, arguments.tokens, bins=arguments.bins, preset=arguments.preset)
     write_files({out: page.encode()}, force=arguments.force, place=place)
     arguments.written = [out]
     warn(*sample_warnings(run, arguments.tokens, arguments.bins))

@@ -16,6 +16,7 @@ from simpletuner_layerprobe.commands.arguments import (
     add_wide,
     chosen_run,
 )
+from simpletuner_layerprobe.commands.imports import light
 from simpletuner_layerprobe.commands.output import OK, bin_labels, print_json, print_text, print_verdict, say
 from simpletuner_layerprobe.show.words import counted, size_text
 
@@ -48,7 +49,8 @@ def command(arguments: argparse.Namespace) -> int:
 
     run = load(chosen_run(arguments))
     run.samples_in(arguments.tokens).require()
-    judged = verdict(run, arguments.tokens, arguments.preset)
+    with light("lycoris", arguments):  # which counts what the run's own config trains
+        judged = verdict(run, arguments.tokens, arguments.preset)
     if arguments.json:
         print_json(_as_json(run, judged, arguments.bins))
         return OK

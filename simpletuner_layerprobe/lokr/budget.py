@@ -62,7 +62,7 @@ class Budget:
     """Plans of the same groups for the same parameters; what does not depend on the contributions is worked out once.
 
     parameters: trainable, 1 or more. direction: LESS turns the contributions around, UNIFORM takes them as equal; what
-    the steps leave over is then spread over the depth. contrast: 1 to MAX_CONTRAST. full: numbers of blocks that get
+    the steps leave over is then spread over the depth. contrast: 1 to MAX_CONTRAST. full: places of groups that get
     factor 1 whatever the rest. least, most: the parameters of the smallest and the largest plan of the kind. Raises
     ConfigError for what is out of range.
     """
@@ -90,13 +90,13 @@ class Budget:
         self._contrast = contrast
         chains: dict[tuple[str, str, str], list[int]] = {}
         for place, group in enumerate(self.groups):
-            if group.number not in full:
+            if place not in full:
                 chains.setdefault(group.chain, []).append(place)
         self._place_G = np.array([place for places in chains.values() for place in places], dtype=np.intp)
         # Per place: the numbers that it chooses from, and for each the place of the first that trains the same.
         self._numbers: list[NDArray[np.int64]] = [np.ones(1, dtype=np.int64)] * len(self.groups)
         self._alike: dict[int, NDArray[np.intp]] = {}
-        fixed = sum(group.parameters(algo, 1) for group in self.groups if group.number in full)
+        fixed = sum(self.groups[place].parameters(algo, 1) for place in full)
         self._left = parameters - fixed
         self.least = self.most = fixed
         parameters_GS = []

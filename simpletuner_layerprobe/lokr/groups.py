@@ -130,6 +130,15 @@ def layer_kind(module: Module) -> str:
     return "weight" if module.shape else ""
 
 
+def require_table(model: Model) -> None:
+    """Raises ConfigError for a model without a module table."""
+    if not model.modules:
+        raise ConfigError(
+            "there is no module table (the run was imported without --model), so nothing can be planned; "
+            "import it again with --model"
+        )
+
+
 def module_groups(
     model: Model,
     blocks: Sequence[str],
@@ -147,11 +156,7 @@ def module_groups(
     by JOINT. freeze: numbers of blocks to leave out. kinds: of layers that can be adapted. Raises ConfigError without
     a module table, for a block without a target or without modules, and if all blocks are frozen.
     """
-    if not model.modules:
-        raise ConfigError(
-            "there is no module table (the run was imported without --model), so nothing can be planned; "
-            "import it again with --model"
-        )
+    require_table(model)
     inside: dict[str, list[tuple[str, Module]]] = {block: [] for block in blocks}
     for module in model.modules:
         block = owning_block(module.name, inside)

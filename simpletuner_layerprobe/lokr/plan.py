@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simpletuner_layerprobe.analyse.bootstrap import Bootstrap
-from simpletuner_layerprobe.analyse.contribution import Contribution, article_values, stream_values
+from simpletuner_layerprobe.analyse.contribution import Contribution, article_values, critical_of, stream_values
 from simpletuner_layerprobe.analyse.settled import Decide, article_decide
 from simpletuner_layerprobe.errors import ConfigError
 from simpletuner_layerprobe.files import json_bytes, write_files
@@ -31,7 +31,9 @@ from simpletuner_layerprobe.lokr.check import Check
 from simpletuner_layerprobe.lokr.config import LYCORIS_CONFIG_NAME, lycoris_config
 from simpletuner_layerprobe.lokr.factors import ARTICLE_CONTRAST, article_factors, checked_blocks
 from simpletuner_layerprobe.lokr.groups import JOINT, RATIOS, Group, Model, module_groups
+from simpletuner_layerprobe.lokr.own import Own
 from simpletuner_layerprobe.lokr.proof import verify
+from simpletuner_layerprobe.lokr.size import TrainingMemory, training_memory
 
 AUTO = "auto"
 
@@ -41,8 +43,9 @@ class Recipe:
     """What a plan is asked for. Building one checks it and raises ConfigError.
 
     preset: "article" for its recipe, or the trainable parameters: a number, "400M", "800MB" in bf16.
-    critical: numbers of the blocks that get factor 1; "auto" looks for them in the article's recipe
-    (`critical_blocks`) and means none with a number of parameters.
+    critical: numbers of the blocks that get factor 1; "auto" looks for them (`critical_blocks`), and raises outside the
+    article's recipe the modules of the stream alone in which a block is critical; None is "auto" in the recipe, and
+    nothing with a number of parameters.
     direction, per_stream: with a number of parameters only; see budget.py, and `module_groups` for streams.
     contrast: the factor of the block that contributes least, where the one that contributes most has 1; with a number
     of parameters their relation, at most MAX_CONTRAST.
@@ -52,7 +55,7 @@ class Recipe:
     """
 
     preset: str | int = ARTICLE
-    critical: str | tuple[int, ...] = AUTO
+    critical: str | tuple[int, ...] | None = None
     direction: str = MORE
     per_stream: bool = False
     contrast: float = ARTICLE_CONTRAST
@@ -86,7 +89,7 @@ class Recipe:
                 "leaving out whole blocks says nothing of their streams; plans per stream go by the angle"
             )
         freeze = checked_blocks(self.freeze, len(blocks), "frozen block")
-        if not isinstance(self.critical, str):
+        if isinstance(self.critical, tuple):
             checked_blocks(self.critical, len(blocks), "critical block")
             both = sorted({*freeze} & {*self.critical})
             if both:
@@ -94,24 +97,36 @@ class Recipe:
         return module_groups(
             model,
             blocks,
-            streams=streams if self.per_stream else None,
+            streams=streams if self.per_stream or self._parted(model, streams) else None,
             freeze=freeze,
             kinds=("linear",) if self.algo == LORA else ("linear", "conv"),
         )
+
+    def _parted(self, model: Model, streams: Mapping[str, Sequence[str]]) -> bool:
+        """Whether critical blocks are looked for by stream, and streams were measured."""
+        by_stream = self.critical == AUTO and self.parameters is not None
+        return by_stream and any(stream.name in streams for stream in model.streams)
+
+    def _full(self, groups: Sequence[Group], critical: Mapping[str, Sequence[int]]) -> list[int]:
+        """The places of the groups that get factor 1, by the critical blocks of each stream."""
+        if isinstance(self.critical, tuple) or self.critical is None:
+            return [place for place, group in enumerate(groups) if group.number in (self.critical or ())]
+        anywhere = sorted({number for numbers in critical.values() for number in numbers})
+        return [place for place, group in enumerate(groups) if group.number in critical.get(group.stream, anywhere)]
 
     def article_number(self, group: Group, factor: int) -> int:
         """What a group gets in the article's recipe where its block has this factor."""
         return article_number(self.algo, factor * RATIOS[group.kind], self.rank)
 
-    def budget(self, groups: Sequence[Group], parameters: int) -> Budget:
-        """The planner for a number of parameters."""
+    def budget(self, groups: Sequence[Group], parameters: int, critical: Mapping[str, Sequence[int]]) -> Budget:
+        """The planner for a number of parameters. critical: per stream, the numbers of its critical blocks."""
         return Budget(
             groups,
             parameters,
             algo=self.algo,
             direction=self.direction,
             contrast=self.contrast,
-            full=() if isinstance(self.critical, str) else self.critical,
+            full=self._full(groups, critical),
         )
 
 
@@ -125,7 +140,7 @@ class Plan:
     the parameters asked for, None in the article's recipe; direction: how it is split, "" in that; least, most: what
     the smallest and the largest plan of the kind have. bound: what is proved, in words, "" without a budget. differing:
     places of the groups that get another number from the method that judges replicates, which is as good (budget.py).
-    check: what LyCORIS or PEFT builds, once it is verified.
+    own: what the run's own config trains, None without a run. check: what LyCORIS or PEFT builds, once it is verified.
     """
 
     model: Model = field(repr=False)
@@ -142,6 +157,7 @@ class Plan:
     slack: float | None = None
     direction: str = ""
     differing: tuple[int, ...] = ()
+    own: Own | None = field(default=None, repr=False, compare=False)
     check: Check | None = field(default=None, repr=False)
 
     @property
@@ -175,6 +191,25 @@ class Plan:
             for group, given in zip(self.groups, self.numbers, strict=True)
             if group.number == number
         )
+
+    @property
+    def times(self) -> float | None:
+        """How many times what the run's own config trains; None if that is not known."""
+        known = None if self.own is None else self.own.known_parameters
+        return None if known is None else self.parameters / known
+
+    @property
+    def memory(self) -> TrainingMemory | None:
+        """What training it with the run's own optimizer and precision holds; None where these are not known."""
+        if self.own is None or not self.own.training:
+            return None
+        return training_memory(self.parameters, self.own.training)
+
+    def heaviest(self, most: int = 3) -> tuple[int, ...]:
+        """The numbers, ascending, of up to `most` blocks: the largest that have over twice an equal share each."""
+        sizes = {number: self.block_parameters(number) for number in range(len(self.blocks))}
+        heavy = sorted(sizes, key=lambda number: -sizes[number])[:most]
+        return tuple(sorted(number for number in heavy if sizes[number] * len(sizes) > 2 * self.parameters))
 
     def config(self) -> dict[str, Any]:
         """The LyCORIS config. Raises ConfigError for PEFT's lora, which has none."""
@@ -225,17 +260,18 @@ def make_plan(
     if recipe.per_stream and not streams:
         raise ConfigError("a plan per stream needs the contributions of each stream")
     streams = streams if recipe.per_stream and streams else {}
-    blocks_of = {stream.name: stream.blocks for stream in model.streams if stream.name in streams}
+    known = streams if recipe.per_stream else contribution.critical
+    blocks_of = {stream.name: stream.blocks for stream in model.streams if stream.name in known}
     groups = recipe.groups(model, contribution.blocks, blocks_of)
     plan = partial(Plan, model=model, algo=recipe.algo, blocks=contribution.blocks, groups=groups)
     parameters = recipe.parameters
     if parameters is None:
-        critical = contribution.critical_union() if isinstance(recipe.critical, str) else recipe.critical
+        critical = recipe.critical if isinstance(recipe.critical, tuple) else contribution.critical_union()
         factor_L = article_factors(contribution.value_L, contrast=recipe.contrast, critical=critical).tolist()
         numbers = tuple(recipe.article_number(group, factor_L[group.number]) for group in groups)
         return plan(numbers=numbers, decided_K=_kept(groups), block_factors=tuple(factor_L))
-    budget = recipe.budget(groups, parameters)
-    allotment = budget.plan({JOINT: contribution.value_L, **streams})
+    budget = recipe.budget(groups, parameters, contribution.critical)
+    allotment = budget.plan(_by_group(groups, contribution.value_L) | dict(streams))
     made = plan(
         numbers=allotment.numbers,
         decided_K=tuple(group.number for group in groups),
@@ -264,17 +300,18 @@ def decide_of(model: Model, **options: Any) -> Callable[[Bootstrap], Decide]:
             return article_decide(
                 bootstrap,
                 lambda value_N: article_factors(value_N, contrast=recipe.contrast),
-                critical=None
-                if isinstance(recipe.critical, str)
-                else checked_blocks(recipe.critical, len(bootstrap.names), "critical block"),
+                critical=checked_blocks(recipe.critical, len(bootstrap.names), "critical block")
+                if isinstance(recipe.critical, tuple)
+                else None,
                 alike=_article_alike(recipe, groups) if groups else None,
                 **recipe.weighting,
             )
-        budget = recipe.budget(groups, parameters)
+        critical = critical_of(bootstrap.mean_TL, bootstrap.counts_T, bootstrap.blocks)
+        budget = recipe.budget(groups, parameters, critical)
 
         def decide(mean_RTL: Mapping[str, NDArray[np.float64]]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-            value_RL = article_values(mean_RTL, bootstrap.blocks, **recipe.weighting)
-            values = {JOINT: value_RL}
+            value_RL = article_values(mean_RTL, bootstrap.blocks, by_own=True, **recipe.weighting)
+            values = _by_group(groups, value_RL)
             if recipe.per_stream:
                 clip = {name: recipe.weighting[name] for name in ("clip_percentile",) if name in recipe.weighting}
                 values |= stream_values(mean_RTL, bootstrap.blocks, **clip)
@@ -283,6 +320,11 @@ def decide_of(model: Model, **options: Any) -> Callable[[Bootstrap], Decide]:
         return decide
 
     return of
+
+
+def _by_group(groups: Sequence[Group], value_L: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
+    """The joint contributions for all that groups go by: they count where no stream's own are asked for."""
+    return dict.fromkeys((JOINT, *(group.stream for group in groups)), value_L)
 
 
 def _kept(groups: Sequence[Group]) -> tuple[int, ...]:

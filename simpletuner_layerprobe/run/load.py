@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from simpletuner_layerprobe.counts import samples_text
 from simpletuner_layerprobe.errors import RunError
 from simpletuner_layerprobe.readings import WHOLE
 from simpletuner_layerprobe.run.article_lines import article_manifest, read_records
@@ -64,6 +65,11 @@ class RunData:
         """How many different images there are; None if that is not known of every sample, or there is none."""
         image_N = self.facts["image"]
         return len(np.unique(image_N)) if len(image_N) and image_N.all() else None
+
+    @property
+    def counted(self) -> str:
+        """ "2,000 samples of 60 images"."""
+        return samples_text(self.samples, self.images)
 
     @property
     def streams(self) -> dict[str, tuple[str, ...]]:

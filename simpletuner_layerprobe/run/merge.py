@@ -20,7 +20,7 @@ from simpletuner_layerprobe.run.records import stream_files
 from simpletuner_layerprobe.run.stream_file import StreamFile, file_name, new_start
 from simpletuner_layerprobe.targets import require_new_folder
 
-CONFIG_NAME = "config.json"
+KEPT_NAMES = ("config.json", "training.json")
 _PIECE_BYTES = 16 * 1024 * 1024
 
 
@@ -36,8 +36,8 @@ class Source:
 def merge(run_dirs: Sequence[RunPath], out_dir: RunPath) -> list[Source]:
     """Make the run `out_dir` of all samples of these runs, each once; all of it, or nothing is left behind.
 
-    out_dir: a name that is free, or an empty folder, and not inside a run; the runs stay as they are. Its
-    manifest and config.json are the first run's, with a run id of its own. Of a file that is in several runs the
+    out_dir: a name that is free, or an empty folder, and not inside a run; the runs stay as they are. Its manifest,
+    config.json and training.json are the first run's, with a run id of its own. Of a file that is in several runs the
     longest is taken. Returns a Source per run. Raises RunError if the runs differ in what decides the recorded numbers
     (naming the differences), have no samples, or are damaged.
     """
@@ -67,7 +67,7 @@ def merge(run_dirs: Sequence[RunPath], out_dir: RunPath) -> list[Source]:
             while os.path.lexists(staging / name):  # two machines drew the same name
                 name = file_name(stream_file.rank, new_start())
             _copy(stream_file.path, stream_file.end, staging / name)
-        _copy_config(paths, staging)
+        _copy_options(paths, staging)
         stream_files(staging, manifest)
     return [_source(path, each, taken) for path, each in zip(paths, files, strict=True)]
 
@@ -90,12 +90,15 @@ def _copy(source: Path, size_bytes: int, target: Path) -> None:
     write_new_file(target, write)
 
 
-def _copy_config(paths: Sequence[Path], staging: Path) -> None:
-    """The first config.json that there is: the user's SimpleTuner options, for the follow-up's config."""
-    for path in (path / CONFIG_NAME for path in paths):
+def _copy_options(paths: Sequence[Path], staging: Path) -> None:
+    """Of the first run that has any: the user's SimpleTuner options, for the follow-up's config, and what they train.
+
+    Raises RunError for what is no plain file, or too large.
+    """
+    having = [path for path in paths if os.path.lexists(path / KEPT_NAMES[0])]
+    for path in (path / name for path in having[:1] for name in KEPT_NAMES):
         if os.path.lexists(path):
             size_bytes = plain_file_size(path)
             if size_bytes > MAX_MANIFEST_BYTES:
                 raise RunError(f"{path} takes {size_bytes} bytes; SimpleTuner's options take a few kilobytes")
-            _copy(path, size_bytes, staging / CONFIG_NAME)
-            return
+            _copy(path, size_bytes, staging / path.name)

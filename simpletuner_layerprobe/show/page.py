@@ -59,12 +59,12 @@ TITLES_OF = {"combined": "mean of the streams"}
 class Weights:
     """What a run would make of the model.
 
-    rows: one per block. preset: what they are made for. settled: how sure they are, in a line. equal: the parameters
+    rows: one per block. goal: what they are made for. settled: how sure they are, in a line. equal: the parameters
     that each block gets from the equal plan of the same size; () where the modules of the model are not known.
     """
 
     rows: tuple[BlockRow, ...]
-    preset: str
+    goal: str
     settled: str
     equal: tuple[int, ...]
 
@@ -327,8 +327,8 @@ def _weights(reading: str, view: View) -> str:
     names = tuple(dict.fromkeys(kind for row in weights.rows for kind in row.numbers))
     heads = {"#": True, "block": False, "contribution": True, " ": False, "95% interval": True}
     for name in names:
-        heads |= {name: True, f"agree{'' if len(names) == 1 else f' ({name})'}": True}
-    said = f"{capital(READINGS.get(reading, reading))}. Preset {weights.preset}: {weights.settled}."
+        heads |= {name: True, "agree": True} if len(names) == 1 else {f"{name} (agree)": True}
+    said = f"{capital(READINGS.get(reading, reading))}. {capital(weights.goal)}: {weights.settled}."
     if names == ("factor",):
         said += " Feed-forward and modulation get the factor, attention twice the factor."
     if weights.equal:
@@ -346,6 +346,9 @@ def _lokr_row(row: BlockRow, names: Sequence[str]) -> list[str]:
     cells.append(bar(value, "hot" if row.critical else "" if row.measured else "pale"))
     cells.append("{:.3f} to {:.3f}".format(*row.interval) if row.interval else "")
     for name in names:
-        cells.append(str(row.numbers.get(name, "-")))
-        cells.append(share_text(row.agreement[name]) if name in row.agreement else "")
+        number, agreed = (
+            str(row.numbers.get(name, "-")),
+            share_text(row.agreement[name]) if name in row.agreement else "",
+        )
+        cells += [number, agreed] if len(names) == 1 else [f"{number} ({agreed})" if agreed else number]
     return [*cells, "unknown" if row.parameters is None else f"{row.parameters:,}", ", ".join(row.notes)]

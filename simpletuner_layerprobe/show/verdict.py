@@ -34,10 +34,10 @@ class Verdict:
     commands: Mapping[str, str]
 
 
-def enough_line(samples: str, sure: Confidence, preset: str, times: int | None) -> str:
-    """Of how many images there are how many samples, and whether that is enough. preset: that `sure` is of. times: as
+def enough_line(samples: str, sure: Confidence, goal: str, times: int | None) -> str:
+    """Of how many images there are how many samples, and whether that is enough. goal: what `sure` is of. times: as
     `times_to_settle` says."""
-    settled = f"{sure.text()} (preset {preset})"
+    settled = f"{sure.text()} ({goal})"
     if sure.settled:
         return f"{samples}, enough: {settled}"
     more = f"far more {sure.unit}s than there are would not settle all"
@@ -61,9 +61,22 @@ def blocks_line(sure: Confidence, value_L: NDArray[np.float64], measured_L: NDAr
     return f"the states are turned {', '.join(said)}; in brackets, how many of the replicates name the same"
 
 
-def capacity_line(parameters: int, size_bytes: int, what: str) -> str:
-    """The size of what the commands make. what: whose size it is."""
-    return f"{what}: {parameters:,} parameters, {size_text(size_bytes)} in bf16"
+def capacity_line(parameters: int, own: int | None, article: int, parameter_bytes: int) -> str:
+    """The size of what the commands make, beside what the run's own config trains (None: not known) and the article's
+    recipe would. parameter_bytes: what each parameter takes."""
+
+    def text(count: int) -> str:
+        return f"{count:,} parameters ({size_text(parameter_bytes * count)})"
+
+    if own is None:
+        said = f"plans of {text(parameters)}; what your own config trains is not known"
+    elif parameters == own:
+        said = f"plans of {text(own)}, as many as your own config trains"
+    else:
+        said = f"plans of {text(parameters)}; your own config trains {own:,}: {parameters / own:.3g} times"
+    if article == parameters:
+        return f"{said}; it is the article's recipe's size"
+    return f"{said}; the article's recipe would make {article:,}" + (f", {article / own:.3g} times" if own else "")
 
 
 def weighting_line(differing: Sequence[int], blocks: int, enough: bool) -> str:

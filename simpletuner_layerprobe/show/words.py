@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from simpletuner_layerprobe.counts import counted as counted
+from simpletuner_layerprobe.counts import samples_text as samples_text
 from simpletuner_layerprobe.readings import WHOLE
 
 if TYPE_CHECKING:
@@ -17,16 +19,6 @@ def model_name(manifest: Manifest) -> str:
     return " ".join(part for part in (manifest.family, manifest.flavour) if part) or manifest.model_class
 
 
-def counted(count: int, noun: str) -> str:
-    """ "1 block", "1,455 blocks"."""
-    return f"{count:,} {noun}{'s' * (count != 1)}"
-
-
-def samples_text(samples: int, images: int | None) -> str:
-    """ "2,000 samples of 60 images"; without the images where they are not known."""
-    return counted(samples, "sample") + (f" of {counted(images, 'image')}" if images is not None else "")
-
-
 def listed(names: Sequence[str]) -> str:
     """ "image", "image and text", "image, audio and text"."""
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
@@ -35,6 +27,18 @@ def listed(names: Sequence[str]) -> str:
 def block_range(numbers: Sequence[int]) -> str:
     """ "block 3", "blocks 3 to 7"."""
     return f"block {numbers[0]}" if len(numbers) == 1 else f"blocks {numbers[0]} to {numbers[-1]}"
+
+
+def blocks_text(numbers: Sequence[int]) -> str:
+    """ "block 3", "blocks 0, 3 to 5 and 9"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    parts = [f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs]
+    return f"block{'s' * (len(numbers) > 1)} {listed([part for text in parts for part in text.split(', ')])}"
 
 
 def capital(text: str) -> str:

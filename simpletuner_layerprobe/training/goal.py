@@ -11,13 +11,15 @@ import torch
 
 @dataclass
 class Goal:
-    """samples: the run's total, 0 if the epochs or max_train_steps decide. recorded: those it had before this start.
+    """samples: the run's total, 0 if the epochs or max_train_steps decide. recorded: those it had before this start,
+    counted: these in words.
 
     kept: those that this rank has kept since. rank, ranks: of this process, and how many there are.
     """
 
     samples: int
     recorded: int
+    counted: str = ""
     rank: int = field(default_factory=lambda: int(os.environ.get("RANK", "0")))
     ranks: int = field(default_factory=lambda: int(os.environ.get("WORLD_SIZE", "1")))
     kept: int = 0

@@ -13,6 +13,10 @@ from simpletuner_layerprobe.run.manifest import FOLDER_NAME
 SIGMA_MODES = ("uniform", "stratified", "training")
 ABLATION_MODES = ("none", "blocks", "text", "both")
 GUARD_MODES = ("off", "warn", "stop")
+AUTO = "auto"
+RECOMMENDED_SAMPLES = 600
+MOST_SAMPLES = 2_000
+"""What `auto` means for a run that ends by itself when it is settled."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +59,9 @@ OPTIONS = (
         "layerprobe_sigmas",
         "Probe noise levels",
         "SELECT",
-        "uniform",
-        "uniform: each sample draws its sigma evenly from 0 to 1, without schedule shift. stratified: as even, but "
-        "consecutive samples fill equal strata, so that fewer samples are needed. training: your own noise schedule.",
+        "stratified",
+        "stratified: evenly from 0 to 1, without schedule shift, and consecutive samples fill equal strata, so that "
+        "fewer samples are needed. uniform: as even, but each sample by itself. training: your own noise schedule.",
         (
             ("uniform", "Uniform over [0, 1]"),
             ("stratified", "Stratified over [0, 1]"),
@@ -86,11 +90,12 @@ OPTIONS = (
     Option(
         "layerprobe_samples",
         "Probe samples",
-        "NUMBER",
-        0,
-        "Stop after so many samples in all, over all GPUs and earlier starts of the same run. "
+        "TEXT",
+        AUTO,
+        "Stop after so many samples in all, over all GPUs and earlier starts of the same run; images come back until "
+        f"there are as many. {AUTO}: {RECOMMENDED_SAMPLES}, with layerprobe_stop_when_stable at most {MOST_SAMPLES:,}. "
         "0: num_train_epochs or max_train_steps decide.",
-        step=1,
+        placeholder=AUTO,
     ),
     Option(
         "layerprobe_stop_when_stable",
@@ -195,8 +200,8 @@ class ProbeSettings:
     """
 
     directory: str
-    sigmas: str = "uniform"
-    samples: int = 0
+    sigmas: str = "stratified"
+    samples: int = RECOMMENDED_SAMPLES
     flush_seconds: float = 30.0
     discover: bool = False
     stop_when_stable: float = 0.0
@@ -220,13 +225,14 @@ class ProbeSettings:
         if not config.layerprobe:
             return None
         directory = config.layerprobe_dir or os.path.join(config.output_dir, FOLDER_NAME)
+        stop_when_stable = _share("layerprobe_stop_when_stable", config.layerprobe_stop_when_stable)
         return cls(
             directory=os.path.expanduser(str(directory)),
             sigmas=_choice("layerprobe_sigmas", config.layerprobe_sigmas, SIGMA_MODES),
-            samples=_whole_number("layerprobe_samples", config.layerprobe_samples),
+            samples=_samples(config.layerprobe_samples, MOST_SAMPLES if stop_when_stable else RECOMMENDED_SAMPLES),
             flush_seconds=_seconds("layerprobe_flush_seconds", config.layerprobe_flush_seconds),
             discover=bool(config.layerprobe_discover),
-            stop_when_stable=_share("layerprobe_stop_when_stable", config.layerprobe_stop_when_stable),
+            stop_when_stable=stop_when_stable,
             preset="article" if config.layerprobe_preset is None else str(config.layerprobe_preset),
             residual=bool(config.layerprobe_residual),
             block_pairs=_whole_number("layerprobe_block_pairs", config.layerprobe_block_pairs),
@@ -256,6 +262,15 @@ def _whole_number(name: str, value: Any, least: int = 0) -> int:
     if not (number >= least and number.is_integer()):
         raise ConfigError(f"{name} is {value}; it must be a whole number, {least} or more")
     return int(number)
+
+
+def _samples(value: Any, recommended: int) -> int:
+    if str(value).strip().lower() in ("", AUTO):
+        return recommended
+    try:
+        return _whole_number("layerprobe_samples", value)
+    except ConfigError as error:
+        raise ConfigError(f"{error}, or {AUTO}") from None
 
 
 def _file(value: Any) -> str:

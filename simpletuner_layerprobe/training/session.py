@@ -9,8 +9,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import torch
@@ -47,6 +48,7 @@ from simpletuner_layerprobe.training.losses import predictions, sample_losses
 from simpletuner_layerprobe.training.noise import RULES, sigma_of
 from simpletuner_layerprobe.training.noise_check import NoiseCheck, how_checked
 from simpletuner_layerprobe.training.options import ProbeSettings
+from simpletuner_layerprobe.training.own import TRAINING_NAME
 from simpletuner_layerprobe.training.recorder import Recorder
 from simpletuner_layerprobe.training.sigmas import stratified_sigmas, uniform_sigmas
 from simpletuner_layerprobe.training.spread import Spread
@@ -92,8 +94,9 @@ class _Step:
 class Session:
     """The state of one probe-only run in one process.
 
-    options: as the user gave them. changed: what was switched off in them, one line per reason. assistant: the strength
-    of SimpleTuner's assistant LoRA, None without one. goal: how much is to be recorded. stop: what signals ask for.
+    options: as the user gave them. changed: what was switched off in them, one line per reason. training: what they
+    would train (own.py), {} if that is not known. assistant: the strength of SimpleTuner's assistant LoRA, None without
+    one. goal: how much is to be recorded. stop: what signals ask for.
     adapter: the file that goes onto the base, None for the base alone; adapter_settings: what decides its effect, and
     base: the module table and the fingerprint of the model without it, both set when it is loaded. fixed_noise: what
     the noise seed fixes, None without one. idle_parameter: the one parameter that the optimizer gets.
@@ -103,6 +106,7 @@ class Session:
         self.settings = settings
         self.options = dict(options)
         self.changed: list[str] = []
+        self.training: dict[str, Any] = {}
         self.assistant: float | None = None
         self.adapter = AdapterFile.read(settings.adapter) if settings.adapter else None
         self.adapter_settings: dict[str, object] = {}
@@ -112,7 +116,7 @@ class Session:
         self.stop = Stop()
         self.recorder: Recorder | None = None
         before = self._before()
-        self.goal = Goal(settings.samples, recorded=before.samples if before else 0)
+        self.goal = Goal(settings.samples, before.samples, before.counted) if before else Goal(settings.samples, 0)
         self._watchers = watchers if self.goal.rank == 0 else ()
         files = before.files if before else ()
         self._number = sum(file.samples for file in files if file.rank == self.goal.rank)
@@ -250,11 +254,12 @@ class Session:
         )
 
     def _keep_options(self) -> None:
-        """Put the user's SimpleTuner options beside the manifest, for the follow-up's config."""
-        path = Path(self.settings.directory) / CONFIG_NAME
-        if not path.exists():
-            data = json.dumps(self.options, indent=4).encode()
-            write_new_file(path, lambda file: file.write(data + b"\n"))
+        """Put the user's SimpleTuner options beside the manifest, for the follow-up's config, and what they train."""
+        for name, kept in ((CONFIG_NAME, self.options), (TRAINING_NAME, self.training)):
+            path = Path(self.settings.directory) / name
+            if kept and not path.exists():
+                data = json.dumps(kept, indent=4).encode() + b"\n"
+                write_new_file(path, partial(_write, data))
 
     def arm(self) -> None:
         """The next forward is the one of a training step."""
@@ -333,14 +338,18 @@ class Session:
                 "status, left out of every mean",
                 flush=True,
             )
-        total = load_run(self.settings.directory).samples
-        self.last_line.recorded(total - self.goal.recorded, total, time.monotonic() - self._started)
+        run = load_run(self.settings.directory)
+        self.last_line.recorded(run.samples - self.goal.recorded, run.counted, time.monotonic() - self._started)
 
     def start_text(self, device: str) -> str:
         """What the user is told at the start."""
         observer = self._observer
         forwards = self._ablation.forwards if self._ablation else 0
         return start_text(self.settings, self.goal, observer.streams, observer.extra, self.changed, device, forwards)
+
+
+def _write(data: bytes, file: BinaryIO) -> None:
+    file.write(data)
 
 
 def _ablated(run: RunData | None) -> int:

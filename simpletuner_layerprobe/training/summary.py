@@ -27,8 +27,7 @@ def start_text(
     lines = [
         f"layerprobe: probe-only run, nothing is trained. Blocks: {blocks}. Sigmas: {settings.sigma_text}. "
         f"Samples: {goal.samples or 'as max_train_steps or the epochs give'}. Device: {device}.",
-        f"layerprobe: run folder {settings.directory}"
-        + (f", goes on after {goal.recorded} samples" if goal.recorded else ""),
+        f"layerprobe: run folder {settings.directory}" + (f", goes on after {goal.counted}" if goal.recorded else ""),
     ]
     if settings.adapter:
         lines.append(
@@ -62,8 +61,8 @@ class LastLine:
         self._rank = rank
         self._text = ""
 
-    def recorded(self, new: int, total: int, seconds: float) -> None:
-        """The loop is over: `new` samples in so many seconds, `total` in the run."""
+    def recorded(self, new: int, total: str, seconds: float) -> None:
+        """The loop is over: `new` samples in so many seconds; `total`: those in the run, in words."""
         self._text = (
             f"layerprobe: {new} samples in {seconds:.1f} s ({new / seconds:.2f} samples/s), {total} in the run "
             f"{self._directory}; next: layerprobe report {shlex.quote(self._directory)}"
@@ -72,7 +71,7 @@ class LastLine:
     def nothing_to_do(self, goal: Goal) -> None:
         """The run has all of its samples."""
         self._text = (
-            f"layerprobe: the run {self._directory} has its {goal.recorded} samples already, nothing to do; "
+            f"layerprobe: the run {self._directory} has its {goal.counted} already, nothing to do; "
             f"raise layerprobe_samples ({goal.samples}) for more"
         )
 

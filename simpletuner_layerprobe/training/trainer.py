@@ -8,6 +8,7 @@ by keeping the distances.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import logging
@@ -25,7 +26,7 @@ from simpletuner_layerprobe.probe.blocks import discover
 from simpletuner_layerprobe.probe.fingerprint import fingerprint
 from simpletuner_layerprobe.probe.modules import module_table
 from simpletuner_layerprobe.probe.wrappers import unwrapped
-from simpletuner_layerprobe.training import adapter, cpu, given, guard, loop, overrides, signals
+from simpletuner_layerprobe.training import adapter, cpu, given, guard, loop, overrides, own, signals
 from simpletuner_layerprobe.training.options import ProbeSettings, guard_mode
 from simpletuner_layerprobe.training.seams import SEAMS, missing_seams, simpletuner_version
 from simpletuner_layerprobe.training.session import Session, Watcher
@@ -179,6 +180,8 @@ def start_session(trainer: Any, settings: ProbeSettings) -> Session:
         settings, lambda: trainer.accelerator.trackers, lambda: trainer.state["global_step"]
     )
     session = Session(settings, given.given_options(), watchers)
+    with contextlib.suppress(ProbeError):  # a probe needs no file of what it does not train
+        session.training = own.own_training(lambda name: getattr(config, name, None))
     session.changed = overrides.override(config, session.options, ("lycoris_config",) if session.adapter else ())
     backend = overrides.switch_off_compilation(trainer.accelerator)
     if backend != "no" and "dynamo_backend" not in session.options:
@@ -300,6 +303,9 @@ def train(original: Any, session: Session, self: Any) -> None:
     self.evaluation = None
     self.hub_manager = None
     config, goal = self.config, session.goal
+    targets = own.lora_targets(config, self.model)
+    if session.training and targets is not None:
+        session.training["lora_target_modules"] = targets
     config.model_type = overrides.LOOP_MODEL_TYPE
     per_step = max(1, int(config.train_batch_size)) * goal.ranks * max(1, config.gradient_accumulation_steps)
     if goal.samples:

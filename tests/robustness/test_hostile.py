@@ -39,7 +39,7 @@ def test_a_damaged_run_is_one_line_of_the_command_line(run, capsys):
     path = run.files[0].path
     data = path.read_bytes()
     path.write_bytes(data[:900] + b"x" + data[901:])
-    for command in (["status"], ["findings"], ["lokr"], ["export"]):
+    for command in (["status"], ["findings"], ["lokr", "--preset", "article"], ["export"]):
         assert main([*command, str(run.path), *(["x.jsonl"] if command == ["export"] else [])]) == 1
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and error.startswith("layerprobe: error: stream file ") and path.name in error

@@ -6,9 +6,11 @@ import json
 
 import pytest
 from safetensors.torch import load_file
-from test_real_run import RUN
+from test_real_run import RUN, set_options
 
+from simpletuner_layerprobe import load
 from simpletuner_layerprobe.cli import main
+from simpletuner_layerprobe.lokr.size import STATES
 
 # torchao, which diffusers imports, has a string with a stray backslash.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid escape sequence:SyntaxWarning")
@@ -19,7 +21,8 @@ def test_simpletuner_trains_the_ranks_that_were_planned(simpletuner, tiny, monke
     result = simpletuner.run(folder, "tiny-probe")
     assert result.code == 0, result.log[-3000:]
     monkeypatch.chdir(folder)
-    assert main(["lokr", str(RUN), "--algo", "lora", "--rank", "12", "--env", "tiny-lora", "--json"]) == 0
+    asked = ["--preset", "article", "--algo", "lora", "--rank", "12", "--env", "tiny-lora", "--json"]
+    assert main(["lokr", str(RUN), *asked]) == 0
     planned = json.loads(capsys.readouterr().out)
     targets = json.loads((folder / "config" / "tiny-lora" / "lora_target_modules.json").read_text())
     result = simpletuner.run(folder, "tiny-lora", log="lora.txt")
@@ -40,3 +43,31 @@ def test_simpletuner_trains_the_ranks_that_were_planned(simpletuner, tiny, monke
     assert sum(tensor.numel() for tensor in trained.values()) == planned["parameters"]
     # Every up matrix starts at zero, so one that is not was trained.
     assert any(tensor.any() for name, tensor in trained.items() if name.endswith(".lora_B.weight"))
+
+
+def test_the_runs_own_size_is_what_simpletuner_trains(simpletuner, tiny):
+    """A LoRA's modules are SimpleTuner's defaults for the model, which no option names; the probe keeps them."""
+    folder = tiny(max_train_steps=2, lora_type="standard", lora_rank=4)
+    result = simpletuner.run(folder, "tiny-probe")
+    assert result.code == 0, result.log[-3000:]
+    kept = json.loads((folder / RUN / "training.json").read_text())
+    assert (kept["lora_type"], kept["lora_rank"], kept["optimizer"]) == ("standard", 4, "adamw_bf16")
+    own = load(folder / RUN).own
+    set_options(folder, layerprobe=False, output_dir="output/trained")
+    result = simpletuner.run(folder, "tiny-probe", log="trained.txt")
+    assert result.code == 0, result.log[-3000:]
+    trained = load_file(folder / "output" / "trained" / "pytorch_lora_weights.safetensors")
+    assert own.parameters == sum(tensor.numel() for name, tensor in trained.items() if ".lora_" in name) > 0
+
+
+def test_what_optimizers_keep_is_what_the_table_says(simpletuner, tiny):
+    """Every optimizer of this SimpleTuner, with its own settings; those that cannot step here are left out."""
+    folder = tiny()
+    result = simpletuner.run(folder, "tiny-probe", setup="setups.py:optimizer_states")
+    assert result.code == 0, result.log[-3000:]
+    kept = json.loads((folder / "states.json").read_text())
+    assert {"torch-adamw", "adamw_bf16", "optimi-lion", "prodigy", "sdnq-adamw", "ao-adamw8bit"} <= kept.keys()
+    for name, (half, whole) in kept.items():
+        for measured, said in zip((half, whole), STATES.get(name, (None, None)), strict=True):
+            if measured is not None and name != "soap":
+                assert said == pytest.approx(measured, abs=0.08), name

@@ -87,7 +87,8 @@ def test_sample_count_is_exact_and_a_second_start_goes_on(simpletuner, tiny):
     result = simpletuner.run(folder, "tiny-probe")
     assert result.code == 0, result.log[-4000:]
     assert "goes on after 5 samples" in result.log
-    assert "5 samples in" in result.line("layerprobe: ") and "10 in the run" in result.line("layerprobe: ")
+    assert "5 samples in" in result.line("layerprobe: ")
+    assert ", 10 samples of 6 images in the run" in result.line("layerprobe: ")
     run = run_of(folder)
     assert run.samples == 10
     # Ten consecutive samples of a stratified run fill the ten tenths, across a restart too.
@@ -105,7 +106,7 @@ def test_sample_count_is_exact_and_a_second_start_goes_on(simpletuner, tiny):
 
     result = simpletuner.run(folder, "tiny-probe")
     assert result.code == 0
-    assert "has its 10 samples already" in result.line("layerprobe: ")
+    assert "has its 10 samples of 6 images already" in result.line("layerprobe: ")
     assert run_of(folder).samples == 10
 
     set_options(folder, layerprobe_sigmas="uniform", layerprobe_samples=20)

@@ -136,7 +136,7 @@ def server(tiny_sd3: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     folder = tmp_path_factory.mktemp("webui") / "tiny"
     shutil.copytree(tiny_sd3, folder)
     # The WebUI takes no resolution below 256 in this place; the data backend's own, 128, is what counts.
-    set_options(folder, resolution=256, layerprobe=False, layerprobe_samples=0)
+    set_options(folder, resolution=256, layerprobe=False, layerprobe_samples="auto")
     server = Server(folder)
     try:
         try:
@@ -272,7 +272,7 @@ def test_the_page_shows_sets_and_saves_the_options_and_starts_a_job(server, page
 
     page.value("document.querySelector('#layerprobe').click()")
     page.value(
-        "(() => { const e = document.querySelector('#layerprobe_sigmas'); e.value = 'stratified'; "
+        "(() => { const e = document.querySelector('#layerprobe_sigmas'); e.value = 'uniform'; "
         "e.dispatchEvent(new Event('change', {bubbles: true})) })()"
     )
     type_into(page, "layerprobe_samples", str(SAMPLES))
@@ -292,7 +292,7 @@ def test_the_page_shows_sets_and_saves_the_options_and_starts_a_job(server, page
         page.value("1")
         time.sleep(0.1)
     config = config_of(server)
-    assert config["layerprobe_sigmas"] == "stratified" and int(config["layerprobe_samples"]) == SAMPLES
+    assert config["layerprobe_sigmas"] == "uniform" and int(config["layerprobe_samples"]) == SAMPLES
     assert float(config["layerprobe_stop_when_stable"]) == 0.95
 
     end = time.monotonic() + 300
@@ -313,7 +313,7 @@ def test_a_job_of_the_webui_writes_the_run(server):
     if server.status() == "idle":
         form = {
             "layerprobe": "true",
-            "layerprobe_sigmas": "stratified",
+            "layerprobe_sigmas": "uniform",
             "layerprobe_samples": str(SAMPLES),
             "layerprobe_stop_when_stable": "0.95",
         }
@@ -322,6 +322,6 @@ def test_a_job_of_the_webui_writes_the_run(server):
         assert "Training Starting" in answer.text
     server.wait_for("completed")
     run = run_of(server.folder)
-    assert run.samples == SAMPLES and run.manifest.settings["sigmas"] == "stratified"
+    assert run.samples == SAMPLES and run.manifest.settings["sigmas"] == "uniform"
     assert (server.folder / RUN / "config.json").exists()
     assert not list((server.folder / "output").rglob("*lora*.safetensors"))

@@ -82,7 +82,7 @@ def test_a_single_process_ends_in_the_step_that_completes_it(tmp_path, monkeypat
 
 
 def test_epochs_decide_without_a_sample_count(tmp_path, monkeypatch):
-    run = session(tmp_path, monkeypatch)
+    run = session(tmp_path, monkeypatch, samples=0)
     assert run.goal.keep(10**6) == 10**6
     assert not run.goal.finished and not run.wants_to_stop
     assert run.last_step(global_step=9, max_train_steps=9) == 9

@@ -66,12 +66,12 @@ def test_the_command_proves_the_same_without_them(tmp_path: Path) -> None:
     preset = {"target_module": [], "name_algo_map": names}
     config.write_text(json.dumps(settings | {"full_matrix": True, "apply_preset": preset}))
     proofs = [
-        ["lokr", run, "--json"],
+        ["lokr", run, "--preset", "article", "--json"],
         ["check-config", str(config), "--run", odd],
         ["lokr", run, "--params", str(config), "--json"],
-        ["lokr", run, "--algo", "loha", "--json"],
+        ["lokr", run, "--preset", "article", "--algo", "loha", "--json"],
     ]
-    lines = [*proofs, ["lokr", run, "--algo", "lora", "--rank", "8", "--json"]]
+    lines = [*proofs, ["lokr", run, "--preset", "article", "--algo", "lora", "--rank", "8", "--json"]]
     light, nothing = after(lines, alone=True)
     whole, quantised = after(lines, alone=False)
     for line, (code, output, *_), (other_code, other_output, *_) in zip(lines, light, whole, strict=True):

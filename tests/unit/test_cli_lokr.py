@@ -30,6 +30,8 @@ pytestmark = [
 
 Command = Callable[..., Result]
 
+ARTICLE = ("--preset", "article")
+
 
 def built(config: Path | dict[str, Any], run: Path) -> int:
     """The trainable parameters that LyCORIS makes of a config on a run's model."""
@@ -86,12 +88,12 @@ def test_the_articles_factors_are_written(layerprobe: Command, tmp_path: Path) -
     assert shown.out.splitlines()[32].endswith("critical (text)")
     assert shown.out.splitlines()[1].endswith("critical (image, text)")
     assert "contribution of the nearest block" in shown.out.splitlines()[38]
-    assert layerprobe("lokr", run.path, "--critical", "none", "--json").json["blocks"][0]["critical"] is False
+    assert layerprobe("lokr", run.path, *ARTICLE, "--critical", "none", "--json").json["blocks"][0]["critical"] is False
 
 
 def test_the_parameters_are_those_that_lycoris_makes(layerprobe: Command, tiny_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "lycoris_config.json"
-    shown = layerprobe("lokr", tiny_run, "--contrast", "1", "--out", out)
+    shown = layerprobe("lokr", tiny_run, *ARTICLE, "--contrast", "1", "--out", out)
     assert (shown.code, shown.err) == (0, "")
 
     # Factor 1 is a full matrix and one number; attention has factor 2: 2 x 2 and 32 x 32.
@@ -106,8 +108,8 @@ def test_the_parameters_are_those_that_lycoris_makes(layerprobe: Command, tiny_r
     assert "feed-forward and modulation get the factor, attention twice the factor" in lines[9]
     assert "settled for images like these 40" in lines[10]
     assert "verified: LyCORIS" in lines[11] and "all 41 modules" in lines[11]
-    assert lines[12] == f"written: {out}"
-    assert lines[13].startswith(f'next: set "lycoris_config": "{out}"')
+    assert lines[-2] == f"written: {out}"
+    assert lines[-1].startswith(f'next: set "lycoris_config": "{out}"')
 
 
 def test_json_is_all_that_is_printed(layerprobe: Command, tiny_run: Path, tmp_path: Path) -> None:
@@ -140,10 +142,10 @@ def test_an_environment_is_written_and_never_overwritten_unasked(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     before = snapshot(tmp_path)
-    shown = layerprobe("lokr", tiny_run, "--critical", "none")
+    shown = layerprobe("lokr", tiny_run, *ARTICLE, "--critical", "none")
     assert shown.code == 0 and shown.out.splitlines()[-1].startswith("nothing written: add --env NAME")
     assert snapshot(tmp_path) == before
-    shown = layerprobe("lokr", tiny_run, "--env", "weighted")
+    shown = layerprobe("lokr", tiny_run, *ARTICLE, "--env", "weighted")
     assert (shown.code, shown.err) == (0, "")
     assert shown.out.splitlines()[-1] == "next: simpletuner train env=weighted"
     folder = tmp_path / "config" / "weighted"
@@ -152,7 +154,7 @@ def test_an_environment_is_written_and_never_overwritten_unasked(
     assert "layerprobe" not in options and options["seed"] == 7 and options["lora_type"] == "lycoris"
     before = snapshot(tmp_path)
     for target in (("--out", folder / "lycoris_config.json"), ("--env", "weighted")):
-        other = ("lokr", tiny_run, *target, "--contrast", "3")
+        other = ("lokr", tiny_run, *ARTICLE, *target, "--contrast", "3")
         assert_one_line(layerprobe(*other), 1, "exists already", "--force")
         assert snapshot(tmp_path) == before
     assert layerprobe(*other, "--force").code == 0
@@ -166,7 +168,7 @@ def test_what_cannot_be_written_is_said_before_the_proof(tiny_run: Path, tmp_pat
     code = (
         "import sys; from simpletuner_layerprobe.cli import main\n"
         "for target in (['--out', 'mine.json'], ['--env', 'taken'], ['--env', 'a.b']):\n"
-        "    print(main(['lokr', sys.argv[1], *target]), 'torch' in sys.modules)"
+        "    print(main(['lokr', sys.argv[1], '--preset', 'article', *target]), 'torch' in sys.modules)"
     )
     command = [sys.executable, "-c", code, str(tiny_run)]
     shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
@@ -181,7 +183,7 @@ def test_a_config_that_lycoris_builds_otherwise_is_an_error_and_not_a_file(
     monkeypatch.setattr(Plan, "config", lambda plan: as_published(right(plan)))
     before = snapshot(tmp_path)
     for target in (("--out", tmp_path / "out.json"), ("--env", "x")):
-        assert_one_line(layerprobe("lokr", tiny_run, *target), 1, "modules otherwise than meant")
+        assert_one_line(layerprobe("lokr", tiny_run, *ARTICLE, *target), 1, "modules otherwise than meant")
     assert snapshot(tmp_path) == before
 
 
@@ -202,7 +204,7 @@ def test_a_run_that_does_not_know_its_model_cannot_be_planned(layerprobe: Comman
     for arguments in (("--json",), ("--freeze", "1"), ("--algo", "loha"), ("--params", "1M")):
         assert_one_line(layerprobe("lokr", run, *arguments), 1, "no module table", "--model")
     known = write_run(tmp_path / "known", TINY, 100, modules=sd3_modules(6)).path
-    assert_one_line(layerprobe("lokr", known, "--env", "weighted"), 1, "config.json does not exist", "--out")
+    assert_one_line(layerprobe("lokr", known, *ARTICLE, "--env", "weighted"), 1, "config.json does not exist", "--out")
 
 
 # A budget
@@ -253,7 +255,7 @@ def test_a_budget_is_kept_and_the_config_is_what_was_counted(
 
 def test_as_many_as_another_config_in_every_direction(layerprobe: Command, tiny_run: Path, tmp_path: Path) -> None:
     like = tmp_path / "like.json"
-    assert layerprobe("lokr", tiny_run, "--out", like).code == 0
+    assert layerprobe("lokr", tiny_run, *ARTICLE, "--out", like).code == 0
     parameters = built(like, tiny_run)
     configs = []
     for direction in ("more-change-more-capacity", "more-change-less-capacity", "uniform"):
@@ -279,7 +281,7 @@ def test_a_budget_is_split_equally_unless_something_weighs(layerprobe: Command, 
     equal, weighted = made("--direction", "uniform"), made("--direction", "more-change-more-capacity")
     assert made() == equal != weighted
     assert "which no uneven split was seen to beat" in equal[1] and "layerprobe trial" in weighted[1]
-    assert made("--contrast", "12") == made("--tokens", "last") == weighted
+    assert made("--contrast", "12") == made("--tokens", "mean") == weighted
     assert made("--per-stream")[1] == weighted[1]
     run = layerprobe_api.load(tiny_run)
     plans = [layerprobe_api.plan(run, params=60_000, **asked) for asked in ({}, {"direction": "uniform"})]
@@ -351,22 +353,22 @@ def test_by_ablation_the_needed_blocks_get_most(layerprobe: Command, ablated_run
     assert turned.out != layerprobe("lokr", ablated_run, "--params", "60k", "--by", "ablation").out
     plan = layerprobe_api.plan(layerprobe_api.load(ablated_run), reading="ablation", preset="article")
     assert plan.block_factors[0] == 1 and plan.block_factors[1] == 12
-    shown = layerprobe("lokr", ablated_run, "--by", "ablation").out
+    shown = layerprobe("lokr", ablated_run, *ARTICLE, "--by", "ablation").out
     line = "by       ablation, the loss increase with a block left out (a negative one counts as 0); 300 samples of 20"
     assert f"\n{line} images\n" in shown and "settled for images like these 20" in shown
 
 
 def test_by_angle_is_the_default_and_says_so(layerprobe: Command, ablated_run: Path, tiny_run: Path) -> None:
     for options, said in (((), "angle of the last token"), (("--tokens", "mean"), "angle, mean over the tokens")):
-        plain = layerprobe("lokr", ablated_run, *options)
+        plain = layerprobe("lokr", ablated_run, *ARTICLE, *options)
         assert f"\nby       {said}; 900 samples of 20 images\n" in plain.out
-        assert layerprobe("lokr", ablated_run, "--by", "angle", *options).out == plain.out
-    assert layerprobe("lokr", tiny_run, "--json").json["by"] == "angle"
+        assert layerprobe("lokr", ablated_run, *ARTICLE, "--by", "angle", *options).out == plain.out
+    assert layerprobe("lokr", tiny_run, *ARTICLE, "--json").json["by"] == "angle"
 
 
 @pytest.mark.parametrize("algo", ["lokr", "loha", "lora"])
 def test_the_least_needed_blocks_are_frozen(layerprobe: Command, ablated_run: Path, tmp_path: Path, algo: str) -> None:
-    of = ("lokr", ablated_run, "--by", "ablation", "--algo", algo)
+    of = ("lokr", ablated_run, *ARTICLE, "--by", "ablation", "--algo", algo)
     whole, told = layerprobe(*of, "--json").json, layerprobe(*of, "--freeze", "least:2", "--json").json
     assert [block["number"] for block in told["blocks"] if not block["parameters"]] == [1, 3]
     assert told["frozen"] == {
@@ -403,8 +405,8 @@ def test_least_beside_numbers_with_a_budget_and_by_angle(layerprobe: Command, ab
     shown = layerprobe("lokr", ablated_run, *options).out
     assert "blocks 0 and 1: 14 modules without an adapter, and the budget goes to the other blocks; " in shown
     assert "\nleast    block 1 contributes least; 100% of" in shown
-    assert layerprobe("lokr", ablated_run, "--freeze", "least:1", "--json").json["frozen"]["blocks"] == [0]
-    by_number = layerprobe("lokr", ablated_run, "--freeze", "2").out
+    assert layerprobe("lokr", ablated_run, *ARTICLE, "--freeze", "least:1", "--json").json["frozen"]["blocks"] == [0]
+    by_number = layerprobe("lokr", ablated_run, *ARTICLE, "--freeze", "2").out
     assert "\nfrozen   block 2: 7 modules" in by_number and "\nleast " not in by_number
     of = ("lokr", "--model", "sd35-medium", "--params", "50M", "--freeze", "0")
     told = layerprobe(*of, "--json").json
@@ -414,8 +416,11 @@ def test_least_beside_numbers_with_a_budget_and_by_angle(layerprobe: Command, ab
 def test_a_block_that_cannot_be_adapted_saves_nothing_that_is_known(layerprobe: Command, tmp_path: Path) -> None:
     modules = [module for module in sd3_modules(6) if ".2." not in module.name]
     run = write_run(tmp_path / "run", TINY, 400, modules=modules, images=40).path
-    assert_one_line(layerprobe("lokr", run), 1, "no linear or conv layer that can be adapted in block")
-    assert "\nfrozen   block 2; what it saves in time is not measured\n" in layerprobe("lokr", run, "--freeze", "2").out
+    assert_one_line(layerprobe("lokr", run, *ARTICLE), 1, "no linear or conv layer that can be adapted in block")
+    assert (
+        "\nfrozen   block 2; what it saves in time is not measured\n"
+        in layerprobe("lokr", run, *ARTICLE, "--freeze", "2").out
+    )
 
 
 @pytest.mark.parametrize(
@@ -441,7 +446,8 @@ def test_what_least_and_ablation_cannot_do_is_one_line(
     layerprobe: Command, ablated_run: Path, tmp_path: Path, code: int, arguments: tuple[str, ...], said: str
 ) -> None:
     before = snapshot(tmp_path)
-    assert_one_line(layerprobe("lokr", ablated_run, "--by", "ablation", *arguments), code, said)
+    size = () if "--params" in arguments else ARTICLE
+    assert_one_line(layerprobe("lokr", ablated_run, "--by", "ablation", *size, *arguments), code, said)
     assert snapshot(tmp_path) == before
 
 
@@ -463,7 +469,7 @@ def test_a_run_without_ablation_is_one_line(
         said = (
             f"{run} was recorded without ablation of whole blocks; record it with layerprobe_ablation: blocks, or use"
         )
-        for options in ((), ("--params", "60k", "--per-stream"), ("--freeze", "least:2")):
+        for options in (ARTICLE, ("--params", "60k", "--per-stream"), (*ARTICLE, "--freeze", "least:2")):
             shown = layerprobe("lokr", run, "--by", "ablation", *options)
             assert_one_line(shown, 1, f"{said} --by angle")
     for options in (("--by", "ablation"), ("--freeze", "least:2")):
@@ -479,7 +485,7 @@ def test_a_run_without_ablation_is_one_line(
 @pytest.mark.parametrize("algo", ["locon", "loha"])
 def test_a_config_by_ranks(layerprobe: Command, tiny_run: Path, tmp_path: Path, algo: str) -> None:
     out = tmp_path / "lycoris_config.json"
-    shown = layerprobe("lokr", tiny_run, "--algo", algo, "--rank", 8, "--critical", "1", "--out", out)
+    shown = layerprobe("lokr", tiny_run, *ARTICLE, "--algo", algo, "--rank", 8, "--critical", "1", "--out", out)
     assert shown.code == 0 and "modules the rank meant" in shown.out, shown.err
     names = json.loads(out.read_text())["apply_preset"]["name_algo_map"]
     assert names["transformer_blocks.1.ff*"] == {"dim": 8, "alpha": 8}
@@ -515,7 +521,7 @@ def test_records_and_a_model_are_enough(layerprobe: Command, tiny_run: Path, tmp
     assert (known.family, known.model_class, bool(known.targets)) == ("sd3", "SD3Transformer2DModel", True)
     configs = []
     for number, arguments in enumerate(((run,), (source, "--model", model))):
-        shown = layerprobe("lokr", *arguments, "--out", tmp_path / f"{number}.json")
+        shown = layerprobe("lokr", *arguments, *ARTICLE, "--out", tmp_path / f"{number}.json")
         assert (shown.code, shown.err) == (0, "")
         assert "verified: LyCORIS" in shown.out and "settled for these images" in shown.out
         configs.append((tmp_path / f"{number}.json").read_bytes())
@@ -559,8 +565,10 @@ def test_wrong_usage_is_one_line(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("RUN", "--freeze", "6"), "block 6 does not exist; the blocks are 0 to 5"),
+        (("RUN", *ARTICLE, "--freeze", "6"), "block 6 does not exist; the blocks are 0 to 5"),
         (("RUN", "--algo", "loha", "--rank", "4", "--params", "1M"), "a rank is for loha, locon and lora without"),
+        (("RUN", "--algo", "loha", "--rank", "4"), "a rank is the largest by the article's recipe; ask for that too"),
+        (("RUN",), "the run's own config trains is not known: it trains the whole model; give --params N, the path of"),
         (("--model", "sd35-medium"), "a plan without a run needs a budget"),
         (("--model", "sd35-medium", "--params", "1M", "--per-stream"), "no contributions are known"),
     ],
@@ -580,7 +588,7 @@ def test_a_stream_without_finite_samples_is_left_out(layerprobe: Command, tmp_pa
     distances = {(name, "last"): 0.1 + 0.3 * random.random((200, len(blocks))) for name, blocks in TINY.items()}
     distances["audio", "last"] = np.full((200, 6), np.nan)
     run = write_rows(tmp_path / "run", what, rows(random.random(200), distances)).path
-    for options in ((), ("--params", "60k", "--per-stream"), ("--algo", "loha")):
+    for options in (ARTICLE, ("--params", "60k", "--per-stream"), (*ARTICLE, "--algo", "loha")):
         shown = layerprobe("lokr", run, *options, "--json")
         assert shown.code == 0
         assert "the audio stream has no sample with finite distances; it is left out" in shown.err
@@ -588,7 +596,7 @@ def test_a_stream_without_finite_samples_is_left_out(layerprobe: Command, tmp_pa
     assert "of 6 factors" in layerprobe("status", run).out
     image = manifest({"image": TINY["image"]}, readings=("last",), modules=sd3_modules(6))
     run = write_rows(tmp_path / "none", image, rows([0.5], {("image", "last"): np.full((1, 6), np.nan)})).path
-    assert_one_line(layerprobe("lokr", run), 1, "no stream (image) has a sample with finite distances")
+    assert_one_line(layerprobe("lokr", run, *ARTICLE), 1, "no stream (image) has a sample with finite distances")
 
 
 # check-config
@@ -598,7 +606,7 @@ def test_check_config_proves_ours_and_shows_the_leak_of_the_articles_form(
     layerprobe: Command, tiny_run: Path, tmp_path: Path
 ) -> None:
     good, bad = tmp_path / "good.json", tmp_path / "bad.json"
-    assert layerprobe("lokr", tiny_run, "--out", good).code == 0
+    assert layerprobe("lokr", tiny_run, *ARTICLE, "--out", good).code == 0
     shown = layerprobe("check-config", good, "--run", tiny_run)
     assert (shown.code, shown.err) == (0, "")
     lines = shown.out.splitlines()
@@ -623,7 +631,7 @@ def test_a_config_that_is_none_or_of_another_model_is_one_line(
     path = tmp_path / "other.json"
     path.write_text('{"algo": "lokr"}')
     assert_one_line(layerprobe("check-config", path, "--run", tiny_run), 1, str(path), "has no multiplier")
-    assert layerprobe("lokr", tiny_run, "--out", path, "--force").code == 0
+    assert layerprobe("lokr", tiny_run, *ARTICLE, "--out", path, "--force").code == 0
     path.write_text(path.read_text().replace("transformer_blocks", "other"))
     shown = layerprobe("check-config", path, "--run", tiny_run)
     assert_one_line(shown, 1, "gives no module of this model an adapter")
@@ -679,7 +687,7 @@ def test_more_names_than_anybody_waits_for_are_refused(
 
 def test_what_learns_nothing_stops(layerprobe: Command, tiny_run: Path, tmp_path: Path) -> None:
     path = tmp_path / "lycoris.json"
-    assert layerprobe("lokr", tiny_run, "--out", path).code == 0
+    assert layerprobe("lokr", tiny_run, *ARTICLE, "--out", path).code == 0
     path.write_text(json.dumps(json.loads(path.read_text()) | {"multiplier": 0.8, "rank": 16}))
     shown = layerprobe("check-config", path, "--run", tiny_run, "--differences")
     assert_one_line(shown, 1, "multiplier 0.8 is cut to 0 by SimpleTuner, so nothing learns; write 1")
@@ -691,7 +699,7 @@ def test_what_learns_nothing_stops(layerprobe: Command, tiny_run: Path, tmp_path
 
 def test_whether_an_adapter_comes_from_a_config(layerprobe: Command, tiny_run: Path, tmp_path: Path) -> None:
     config, file = tmp_path / "lycoris.json", tmp_path / "pytorch_lora_weights.safetensors"
-    assert layerprobe("lokr", tiny_run, "--out", config).code == 0
+    assert layerprobe("lokr", tiny_run, *ARTICLE, "--out", config).code == 0
     check = layerprobe_api.check_config(config, layerprobe_api.load(tiny_run))
     tensors = {
         f"lycoris_{row.name.replace('.', '_')}.{name}": np.zeros(shape, np.float32)

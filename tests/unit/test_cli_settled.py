@@ -101,7 +101,7 @@ def test_by_ablation_it_is_what_the_plans_of_the_replicates_say(layerprobe: Comm
     run = layerprobe_api.load(path)
     expected = replicates_of(run, "ablation")
     assert 0 < sum(expected) < 6
-    told = layerprobe("lokr", path, "--by", "ablation", "--json").json
+    told = layerprobe("lokr", path, "--preset", "article", "--by", "ablation", "--json").json
     assert [block["settled"] for block in told["blocks"]] == expected
     assert (told["samples"], told["images"]) == (200, 20) and "images like these 20" in told["settled"]
     sure = run.contributions("ablation")

@@ -8,6 +8,7 @@ import pytest
 from failing import fails
 
 from simpletuner_layerprobe.training import given as config
+from simpletuner_layerprobe.training.own import lora_targets
 
 
 @pytest.fixture
@@ -66,3 +67,21 @@ def test_the_parser_takes_any_value_of_the_probes_choices_and_no_other():
     assert parser.parse_args(["--layerprobe_sigmas=even"]).layerprobe_sigmas == "even"
     with pytest.raises(argparse.ArgumentError):
         parser.parse_args(["--optimizer=even"])
+
+
+@pytest.mark.parametrize("error", [AttributeError, NotImplementedError, ValueError])
+def test_the_modules_of_a_lora_are_kept_if_simpletuner_names_them(error):
+    def targets(names: object) -> object:
+        def get_lora_target_layers() -> object:
+            if isinstance(names, type):
+                raise names()
+            return names
+
+        return SimpleNamespace(get_lora_target_layers=get_lora_target_layers)
+
+    standard = SimpleNamespace(model_type="lora", lora_type="Standard")
+    assert lora_targets(standard, targets(["to_q", "to_k"])) == ["to_q", "to_k"]
+    assert lora_targets(standard, targets("all-linear")) is None
+    assert lora_targets(standard, targets(error)) is None
+    for other in ({"model_type": "full"}, {"lora_type": "lycoris"}):
+        assert lora_targets(SimpleNamespace(**vars(standard) | other), targets(["to_q"])) is None

@@ -20,10 +20,11 @@ import simpletuner_layerprobe
 
 NAME = "simpletuner_layerprobe"
 PACKAGE = Path(simpletuner_layerprobe.__file__).parent
-BASE = {"errors", "readings"}
+BASE = {"counts", "errors", "readings"}
 # Which parts of the package each part may import, anywhere in it: those above it, so that no two know each other. Only
 # models, api, plugin and commands see both halves, recording (probe, training) and offline (analyse, lokr, show).
 KNOWS: dict[str, set[str]] = {
+    "counts": set(),
     "errors": set(),
     "printable": set(),
     "readings": {"errors"},
@@ -48,6 +49,7 @@ KNOWS: dict[str, set[str]] = {
 WORDS = (f"{NAME}.lokr.amounts.", f"{NAME}.show.words.", f"{NAME}.show.findings.", f"{NAME}.show.verdict.")
 # Which foreign packages a part may import anywhere in it, beside the standard library.
 FOREIGN: dict[str, set[str]] = {
+    "counts": set(),
     "errors": set(),
     "printable": set(),
     "readings": set(),

@@ -208,10 +208,12 @@ def test_uniform_needs_no_contributions_and_spreads_what_is_left_over_the_depth(
 
 
 def test_full_blocks_get_factor_one_and_the_rest_what_is_left():
-    found = Budget(LARGE, 600_000_000, full=[5]).plan({JOINT: wavy(38)})
+    found = Budget(LARGE, 600_000_000, full=[place for place, group in enumerate(LARGE) if group.number == 5]).plan(
+        {JOINT: wavy(38)}
+    )
     assert {f for group, f in zip(LARGE, found.numbers, strict=True) if group.number == 5} == {1}
     assert 0 <= 600_000_000 - reached(LARGE, found) <= 600_000_000 * TOLERANCE
-    everything = Budget(LARGE, 1, full=range(38))
+    everything = Budget(LARGE, 1, full=range(len(LARGE)))
     assert everything.plan({}) == Allotment((1,) * len(LARGE), None)
     assert (everything.numbers({JOINT: wavy(38)[None]}) == 1).all()
 

@@ -222,7 +222,7 @@ def test_a_budget_decides_each_replicate_as_it_would_alone(run, bootstrap, optio
     value_RL, number_RK = decide_of(run.manifest, weighting=WEIGHTING, **options)(bootstrap)(bootstrap.replicates())
     algo = options.get("algo", "lokr")
     for r, each in enumerate(replicates(bootstrap)):
-        alone = article_contributions(each, **WEIGHTING)
+        alone = article_contributions(each, by_own=True, **WEIGHTING)
         np.testing.assert_allclose(value_RL[r], alone.value_L, atol=1e-12)
         streams = stream_contributions(each, clip_percentile=80.0)
         plan = make_plan(run.manifest, alone, streams=streams, **options)

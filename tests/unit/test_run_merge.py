@@ -50,6 +50,7 @@ def test_two_runs_become_one(tmp_path: Path) -> None:
     b = recorded(tmp_path / "b", 2, (0, 6), (1, 2), created="later", versions={"torch": "9"})
     (a / "config.json").write_text('{"model_family": "sd3"}')
     (b / "config.json").write_text('{"model_family": "of b"}')
+    (a / "training.json").write_text('{"model_type": "lora"}')
     before = contents(a, b)
     first, second = merge([a, b], tmp_path / "new" / "out")
     assert (first.path, first.samples, first.skipped) == (a, 9, 0)
@@ -60,6 +61,7 @@ def test_two_runs_become_one(tmp_path: Path) -> None:
     assert out.manifest == replace(read_manifest(a), run_id=out.manifest.run_id)
     assert len({out.manifest.run_id, *(read_manifest(run).run_id for run in (a, b))}) == 3
     assert (out.path / "config.json").read_text() == '{"model_family": "sd3"}'
+    assert (out.path / "training.json").read_text() == '{"model_type": "lora"}'
     assert contents(a, b) == before
     assert os.listdir(tmp_path / "new") == ["out"]
     # It is a run like any other: it can be recorded on.

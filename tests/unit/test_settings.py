@@ -15,7 +15,7 @@ def config(**options: object) -> SimpleNamespace:
 
 def test_defaults():
     settings = ProbeSettings.from_config(config())
-    assert settings == ProbeSettings(directory="out/layerprobe", sigmas="uniform", samples=0, flush_seconds=30.0)
+    assert settings == ProbeSettings(directory="out/layerprobe", sigmas="stratified", samples=600, flush_seconds=30.0)
     assert ProbeSettings.from_config(config(layerprobe=False)) is None
 
 
@@ -39,6 +39,23 @@ def test_values_as_the_command_line_gives_them():
 
 
 @pytest.mark.parametrize(
+    ("value", "stable", "samples"),
+    [
+        ("auto", 0, 600),
+        ("auto", 0.95, 2000),
+        ("", 0, 600),
+        (0, 0.95, 0),
+        ("0", 0, 0),
+        (40, 0.95, 40),
+        (" Auto ", 0, 600),
+    ],
+)
+def test_samples_are_a_recommendation_unless_they_are_given(value, stable, samples):
+    settings = ProbeSettings.from_config(config(layerprobe_samples=value, layerprobe_stop_when_stable=stable))
+    assert settings is not None and settings.samples == samples
+
+
+@pytest.mark.parametrize(
     ("name", "value"),
     [
         ("layerprobe_sigmas", "gauss"),
@@ -47,6 +64,7 @@ def test_values_as_the_command_line_gives_them():
         ("layerprobe_samples", "nan"),
         ("layerprobe_samples", "inf"),
         ("layerprobe_samples", None),
+        ("layerprobe_samples", "automatic"),
         ("layerprobe_block_pairs", "-2"),
         ("layerprobe_block_pairs", "2.5"),
         ("layerprobe_block_pairs", "all"),

@@ -133,6 +133,7 @@ class Work:
         shutil.rmtree(folder, ignore_errors=True)
         own = {
             "layerprobe": True,
+            "layerprobe_samples": 0,
             "layerprobe_noise_seed": str(self.trial.noise_seed),
             "layerprobe_sigmas": "stratified",
             "layerprobe_adapter": "none" if adapter is None else adapter.as_posix(),

@@ -190,18 +190,23 @@ def test_a_config_that_lycoris_builds_otherwise_is_an_error_and_not_a_file(
 def test_a_run_that_does_not_know_its_model_cannot_be_planned(layerprobe: Command, tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", TINY, 100, modules=(), images=20).path
     before = snapshot(tmp_path)
-    for arguments in ((), ("--params", "1M")):
+    for arguments in (ARTICLE, ("--params", "1M")):
         assert_one_line(
             layerprobe("lokr", run, *arguments, "--out", tmp_path / "out.json"), 1, "no module table", "--model"
         )
     assert snapshot(tmp_path) == before
-    shown = layerprobe("lokr", run)
+    shown = layerprobe("lokr", run, *ARTICLE)
     lines = shown.out.splitlines()
     factors = layerprobe_api.load(run).confidence(preset="article").factor_K.tolist()
     assert (shown.code, shown.err) == (0, "")
     assert [line.split()[6] for line in lines[1:7]] == [str(factor) for factor in factors]
     assert lines[-1].startswith("not verified, parameters unknown: the run has no module table;")
-    for arguments in (("--json",), ("--freeze", "1"), ("--algo", "loha"), ("--params", "1M")):
+    for arguments in (
+        (*ARTICLE, "--json"),
+        (*ARTICLE, "--freeze", "1"),
+        (*ARTICLE, "--algo", "loha"),
+        ("--params", "1M"),
+    ):
         assert_one_line(layerprobe("lokr", run, *arguments), 1, "no module table", "--model")
     known = write_run(tmp_path / "known", TINY, 100, modules=sd3_modules(6)).path
     assert_one_line(layerprobe("lokr", known, *ARTICLE, "--env", "weighted"), 1, "config.json does not exist", "--out")
@@ -230,7 +235,7 @@ def test_keys_written_twice_in_the_config_of_a_budget_are_said(
     layerprobe: Command, tiny_run: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "mine.json"
-    assert layerprobe("lokr", tiny_run, "--out", path).code == 0
+    assert layerprobe("lokr", tiny_run, *ARTICLE, "--out", path).code == 0
     path.write_text(path.read_text().replace('"algo": "lokr"', '"algo": "loha", "algo": "lokr"'))
     shown = layerprobe("lokr", tiny_run, "--params", path)
     assert "algo is written more than once; the last counts" in shown.err

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 HEADS = ("update", "share", "weight", "relative", "parameters", "share")
 PLANNED = "planned"
+LABEL = 9
+"""The width of the label that a line below the table begins with."""
 SPARE = ("weight", "update", PLANNED)
 
 
@@ -73,7 +75,7 @@ def _print(made: AdapterUpdates, wide: bool) -> None:
             rows += [[""] * len(heads), [title, *heads[1:]], *(_row(part, whole, differs) for part in parts)]
     print_table(heads, rows, LEFT + RIGHT * (len(heads) - 1), spare=SPARE, wide=wide)
     for line in _lines(made, differs):
-        print_text("", line, wide=wide)
+        print_text(line[:LABEL], line[LABEL:], wide=wide)
 
 
 def _row(part: Part, whole: Part, differs: bool) -> list[str]:

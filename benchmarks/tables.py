@@ -71,6 +71,27 @@ def steps(result: dict[str, Any], clock: str) -> str:
     return "\n\n".join(parts)
 
 
+def kernel(result: dict[str, Any]) -> str:
+    copied = f"A copy moves {result['copy_bytes_per_second'] / 1e12:.1f} TB/s here."
+    rows = []
+    for row in result["rows"]:
+        fused, plain = row["kernel"]["device_us"], row["torch"]["device_us"]
+        rows.append(
+            [
+                row["states"],
+                "rows" if row["rows"] else "transposed",
+                "angle, norm, cosine" if row["updates"] else "angle",
+                f"{fused:.0f} us",
+                f"{2 * row['state_bytes'] / fused / 1e6:.1f} TB/s",
+                f"{plain:.0f} us",
+                f"{plain / fused:.0f} x",
+            ]
+        )
+    head = ["states (bf16)", "in memory", "readings", "kernel", "read", "torch's operations", ""]
+    parts = [about(result["machine"]), copied, table(head, rows)]
+    return "\n\n".join(parts if result["complete"] else [*parts, "Not all states were measured in this run."])
+
+
 def analysis(result: dict[str, Any]) -> str:
     rows = [
         [label, f"{way['seconds']:.2f} s", f"{way['extra_megabytes']:.0f} MB"] for label, way in result["ways"].items()
@@ -110,20 +131,25 @@ def page() -> str:
 one process on the same inputs, in brackets the middle half of the pairs. `{PROBE}` is what a probe run does; the last
 rows are what others do, and the floor is the least that any distance of all tokens has to read."""
     ]
-    for name, title, words in (
+    sections = [
         ("steps-cuda", "A step on a GPU", lambda result: steps(result, "device")),
         ("steps-cpu", "A step on a CPU", lambda result: steps(result, "cpu")),
         ("analysis", "From records to factors", analysis),
         ("startup", "Start-up", startup),
-    ):
+    ]
+    if load("kernel-cuda"):
+        sections.insert(1, ("kernel-cuda", "The fused kernel", kernel))
+    for name, title, words in sections:
         result = load(name)
         parts.append(f"## {title}\n\n{words(result) if result else '**Not measured.**'}")
     parts.append(
         """## Not measured
 
-Several GPUs, other cards, quantised bases and offloading on a GPU. Of SimpleTuner's own loop one figure is known: on
-an H200 the real `simpletuner train` probed SD3.5 Large at 1024 px, batch 1, at 4 to 6 samples a second after a start of
-some ten seconds, in 17.3 GB."""
+Several GPUs, other cards, quantised bases and offloading on a GPU. The steps on a GPU were measured with the fused
+kernel that read each state twice and left the residual readings to torch's operations; `python benchmarks/kernel.py`
+measures the one that reads it once for all readings. Of SimpleTuner's own loop one figure is known: on an H200 the real
+`simpletuner train` probed SD3.5 Large at 1024 px, batch 1, at 4 to 6 samples a second after a start of some ten
+seconds, in 17.3 GB."""
     )
     return "\n\n".join(parts) + "\n"
 

@@ -18,7 +18,7 @@ from denoisers import Subject
 from measure import CHECKPOINTED, PROBE
 from torch.nn import functional as F
 
-from simpletuner_layerprobe.probe import angles
+from simpletuner_layerprobe.probe import distances
 from simpletuner_layerprobe.probe.blocks import Block, find_blocks
 from simpletuner_layerprobe.probe.observer import Observer
 from simpletuner_layerprobe.probe.rows import RowBuffer
@@ -77,13 +77,13 @@ def without_kernel(way: Way) -> Way:
 
     @contextmanager
     def plain(subject: Subject) -> Iterator[Step]:
-        kept = angles.device_kernel
-        angles.device_kernel = lambda *_: None
+        kept = distances.device_kernel
+        distances.device_kernel = lambda *_: None
         try:
             with way(subject) as step:
                 yield step
         finally:
-            angles.device_kernel = kept
+            distances.device_kernel = kept
 
     return plain
 

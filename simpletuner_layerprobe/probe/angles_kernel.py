@@ -1,7 +1,8 @@
-"""The angles of all tokens by one kernel: each state is read from the device's memory once, and no copy is written.
+"""What a block did to every token of a state, by one kernel that reads each state from the device's memory once.
 
-torch's own operations read each state three times and write two float32 tensors of its size. The kernel is written in
-Triton, which comes with torch on Linux; imported only where such a device is.
+With A the bytes of one state, in the states' own dtype: the kernel reads 2 A for the angles, and no more for the norms
+and cosines of the updates. torch's own operations read and write, in bf16 or fp16, 14 A for the angles and 17 A for the
+updates. The kernel is written in Triton, which comes with torch on Linux; imported only where such a device is.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from triton.language.extra import libdevice
 
 
 @triton.jit
-def _angles(  # type: ignore[no-untyped-def]
+def _changes(  # type: ignore[no-untyped-def]
     u_ptr,
     v_ptr,
-    angle_ptr,
+    out_ptr,
     tokens,
     width,
     u_sample,
@@ -27,62 +28,125 @@ def _angles(  # type: ignore[no-untyped-def]
     v_number,
     TOKENS: tl.constexpr,
     WIDTH: tl.constexpr,
+    WHOLE: tl.constexpr,
+    STAGES: tl.constexpr,
+    UNIT: tl.constexpr,
+    UPDATES: tl.constexpr,
 ):
-    """The angles of TOKENS tokens of one sample, WIDTH numbers of each at a time; the strides are in elements.
+    """TOKENS tokens of one sample, WIDTH numbers of each at a time; the strides are in elements.
 
-    The second time around the states come from the cache.
+    The angle needs |v - s u| and |v + s u| with the stretch s = |v| / |u|, which is known only when all has been read.
+    So the sums are taken with the stretch s0 of the first WIDTH numbers:
+
+        |v -+ s u|^2 = s / s0 (|v -+ s0 u|^2 - (s - s0)^2 |u|^2)
+
+    and s / s0 drops out of the angle. Where the difference cancels too much, the states are read again with s for s0.
+    WHOLE: the first numbers are all there are, they stay in the registers, and s0 is s.
     """
+    # Says to the compiler that these are multiples of UNIT: only then it reads 16 bytes at once.
+    tokens = tokens // UNIT * UNIT
+    u_number = u_number // UNIT * UNIT
+    v_number = v_number // UNIT * UNIT
     sample = tl.program_id(1).to(tl.int64)
-    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    u_ptr += sample * u_sample + token[:, None].to(tl.int64) * u_token
-    v_ptr += sample * v_sample + token[:, None].to(tl.int64) * v_token
-    there = (token < tokens)[:, None]
-    number = tl.arange(0, WIDTH)[None, :].to(tl.int64)
+    first = tl.program_id(0) * TOKENS
+    token = tl.arange(0, TOKENS)[:, None]
+    number = tl.arange(0, WIDTH)[None, :]
+    u_ptr += sample * u_sample + first.to(tl.int64) * u_token
+    v_ptr += sample * v_sample + first.to(tl.int64) * v_token
+    u_ptr += token * u_token + number * u_number
+    v_ptr += token * v_token + number * v_number
+    there = first + token < tokens
+    u_first = tl.load(u_ptr, mask=there & (number < width), other=0).to(tl.float32)
+    v_first = tl.load(v_ptr, mask=there & (number < width), other=0).to(tl.float32)
+    u_square = tl.sum(u_first * u_first, axis=1)
+    v_square = tl.sum(v_first * v_first, axis=1)
+    stretch = tl.sqrt(v_square) / tl.sqrt(u_square)
+    stretch = tl.where((stretch > 0) & (stretch < float("inf")), stretch, 1.0)
 
-    u_squares = tl.zeros((TOKENS, WIDTH), dtype=tl.float32)
-    v_squares = tl.zeros((TOKENS, WIDTH), dtype=tl.float32)
-    for start in range(0, width, WIDTH):
-        inside = there & (start + number < width)
-        u = tl.load(u_ptr + (start + number) * u_number, mask=inside, other=0).to(tl.float32)
-        v = tl.load(v_ptr + (start + number) * v_number, mask=inside, other=0).to(tl.float32)
-        u_squares += u * u
-        v_squares += v * v
-    v_norm = tl.sqrt(tl.sum(v_squares, axis=1))
-    stretch = (v_norm / tl.sqrt(tl.sum(u_squares, axis=1)))[:, None]
+    angle = tl.zeros((TOKENS,), dtype=tl.float32)
+    norm = tl.zeros((TOKENS,), dtype=tl.float32)
+    cosine = tl.zeros((TOKENS,), dtype=tl.float32)
+    passes = 2
+    while passes > 0:
+        u_squares = tl.zeros((TOKENS, WIDTH), dtype=tl.float32)
+        v_squares = tl.zeros((TOKENS, WIDTH), dtype=tl.float32)
+        across = tl.zeros((TOKENS, WIDTH), dtype=tl.float32)
+        along = tl.zeros((TOKENS, WIDTH), dtype=tl.float32)
+        updates = tl.zeros((TOKENS, WIDTH), dtype=tl.float32)
+        products = tl.zeros((TOKENS, WIDTH), dtype=tl.float32)
+        for start in tl.range(0, WIDTH if WHOLE else width, WIDTH, num_stages=STAGES):
+            if WHOLE:
+                u, v = u_first, v_first
+            else:
+                inside = there & (start + number < width)
+                u = tl.load(u_ptr + tl.cast(start, tl.int64) * u_number, mask=inside, other=0).to(tl.float32)
+                v = tl.load(v_ptr + tl.cast(start, tl.int64) * v_number, mask=inside, other=0).to(tl.float32)
+            u_squares += u * u
+            v_squares += v * v
+            across += (v - u * stretch[:, None]) * (v - u * stretch[:, None])
+            along += (v + u * stretch[:, None]) * (v + u * stretch[:, None])
+            if UPDATES:
+                updates += (v - u) * (v - u)
+                products += (v - u) * u
+        if not WHOLE:
+            u_square = tl.sum(u_squares, axis=1)
+            v_square = tl.sum(v_squares, axis=1)
+        u_norm, v_norm = tl.sqrt(u_square), tl.sqrt(v_square)
+        excess = (v_norm / u_norm - stretch) * (v_norm / u_norm - stretch) * u_square
+        across_square = tl.sum(across, axis=1) - excess
+        along_square = tl.sum(along, axis=1) - excess
+        # Either is below 0 by rounding only, or else the states are read again.
+        angle = libdevice.atan2(tl.sqrt(tl.abs(across_square)), tl.sqrt(tl.abs(along_square)))
+        if UPDATES:
+            update_norm = tl.sqrt(tl.sum(updates, axis=1))
+            norm = tl.where(u_norm == 0, float("nan"), update_norm / u_norm)
+            # One division after the other: the product of the norms could leave float32's range.
+            cosine = tl.sum(products, axis=1) / update_norm / u_norm
+        # Up to here, |s - s0| < 8 angles, a rounding of the sums moves the angle by no more than a few.
+        cancels = 64 * tl.minimum(across_square, along_square) < excess
+        passes = tl.where(tl.max(cancels.to(tl.int32), axis=0) > 0, passes - 1, 0)
+        stretch = v_norm / u_norm
+        angle = tl.where(v_norm == 0, float("nan"), angle * 0.6366197723675814)  # 2 / pi
 
-    across_squares = tl.zeros((TOKENS, WIDTH), dtype=tl.float32)
-    along_squares = tl.zeros((TOKENS, WIDTH), dtype=tl.float32)
-    for start in range(0, width, WIDTH):
-        inside = there & (start + number < width)
-        u = tl.load(u_ptr + (start + number) * u_number, mask=inside, other=0).to(tl.float32) * stretch
-        v = tl.load(v_ptr + (start + number) * v_number, mask=inside, other=0).to(tl.float32)
-        across_squares += (v - u) * (v - u)
-        along_squares += (v + u) * (v + u)
-    across = tl.sqrt(tl.sum(across_squares, axis=1))
-    along = tl.sqrt(tl.sum(along_squares, axis=1))
-
-    angle = libdevice.atan2(across, along) * 0.6366197723675814  # 2 / pi
-    angle = tl.where(v_norm == 0, float("nan"), angle)
-    tl.store(angle_ptr + sample * tokens + token, angle, mask=token < tokens)
+    token = first + tl.arange(0, TOKENS)
+    out_ptr += sample * tokens + token
+    tl.store(out_ptr, angle, mask=token < tokens)
+    if UPDATES:
+        reading = tl.num_programs(1).to(tl.int64) * tokens
+        tl.store(out_ptr + reading, norm, mask=token < tokens)
+        cosine = tl.clamp(cosine, -1.0, 1.0, propagate_nan=tl.PropagateNan.ALL)
+        tl.store(out_ptr + 2 * reading, cosine, mask=token < tokens)
 
 
 def launch(u_BSD: torch.Tensor, v_BSD: torch.Tensor) -> dict[str, int]:
-    """How many tokens and numbers a program takes at once, and its warps, by how the states lie in memory.
+    """How many tokens and numbers a program takes at once, by how the states lie in memory; its warps.
 
-    Where a token's numbers are neighbours, a program has one token. Where tokens are (SD3's image stream), it has as
-    many as fill the 32 bytes that a device reads at least.
+    Where a token's numbers are neighbours, a program takes whole rows, as many as the registers hold. Where tokens are
+    (SD3's and Wan's image streams), it takes 32: 64 bytes of a line in 16 bits, and 128 programs for 4096 tokens; with
+    lines of 64 tokens half of a large device would have none. 32 kB of the next numbers are on their way while some
+    are summed up.
     """
-    if u_BSD.stride(-1) == v_BSD.stride(-1) == 1:
-        return {"TOKENS": 1, "WIDTH": min(1024, triton.next_power_of_2(u_BSD.shape[-1])), "num_warps": 4}
-    return {"TOKENS": 16, "WIDTH": 256, "num_warps": 8}
+    tokens, width = u_BSD.shape[1:]
+    strides = u_BSD.stride(-1), v_BSD.stride(-1)
+    shape = {"WHOLE": False, "STAGES": 5 if u_BSD.element_size() == v_BSD.element_size() == 2 else 3, "UNIT": 1}
+    if strides != (1, 1):
+        aligned = all(number % 8 == 0 for number in (tokens, *strides))
+        return shape | {"TOKENS": 32, "WIDTH": 64, "UNIT": 8 if aligned else 1, "num_warps": 8}
+    row = triton.next_power_of_2(width)
+    if row > 8192:
+        return shape | {"TOKENS": 1, "WIDTH": 2048, "num_warps": 4}
+    return shape | {"TOKENS": max(1, 2048 // row), "WIDTH": row, "WHOLE": True, "num_warps": 8 if row > 4096 else 4}
 
 
-def angles(u_BSD: torch.Tensor, v_BSD: torch.Tensor) -> torch.Tensor:
-    """(B, S) float32, the angular distance of every token as `token_angles` defines it. The shapes must be equal."""
+def changes(u_BSD: torch.Tensor, v_BSD: torch.Tensor, updates: bool) -> tuple[torch.Tensor, ...]:
+    """What `token_changes` gives, float32 (B, S): the angle, and if asked for the update's relative norm and cosine.
+
+    The shapes must be equal.
+    """
     samples, tokens, width = u_BSD.shape
-    angle_BS = torch.empty(samples, tokens, dtype=torch.float32, device=u_BSD.device)
+    out = torch.empty(3 if updates else 1, samples, tokens, dtype=torch.float32, device=u_BSD.device)
     shape = launch(u_BSD, v_BSD)
     grid = (triton.cdiv(tokens, shape["TOKENS"]), samples)
     with torch.cuda.device_of(u_BSD):
-        _angles[grid](u_BSD, v_BSD, angle_BS, tokens, width, *u_BSD.stride(), *v_BSD.stride(), **shape)
-    return angle_BS
+        _changes[grid](u_BSD, v_BSD, out, tokens, width, *u_BSD.stride(), *v_BSD.stride(), **shape, UPDATES=updates)
+    return out.unbind()

@@ -11,25 +11,25 @@ from typing import Any
 import torch
 
 from simpletuner_layerprobe.errors import ModelError
-from simpletuner_layerprobe.probe.angles import token_angles
 from simpletuner_layerprobe.probe.blocks import Block
 from simpletuner_layerprobe.probe.calls import Call
+from simpletuner_layerprobe.probe.distances import token_changes
 from simpletuner_layerprobe.probe.families import SAME_SHAPE, StreamSeam
 from simpletuner_layerprobe.probe.tokens import LAYOUTS
-from simpletuner_layerprobe.probe.updates import token_updates
 
 
 @dataclass(slots=True)
 class Change:
-    """The angles of all tokens of a state before and after a block; norms and cosines of their updates if asked for.
+    """The angles of all tokens of a state before and after a block.
 
-    spans_BS: the angles over several blocks in a row that end with this one, by the path of the first.
+    updates: the norms and cosines of what the block added, if asked for. spans_BS: the angles over several blocks in a
+    row that end with this one, by the path of the first.
     """
 
     before_BSD: torch.Tensor
     after_BSD: torch.Tensor
     angles_BS: torch.Tensor
-    updates: tuple[torch.Tensor, torch.Tensor] | None
+    updates: list[torch.Tensor]
     spans_BS: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
@@ -47,12 +47,8 @@ def change(block: Block, seam: StreamSeam, before: torch.Tensor, result: Any, up
     before_BSD, after_BSD = layout(before), layout(state_after(block, seam, before, result))
     if before_BSD.shape[1] == 0:
         raise no_tokens(block, seam, 0, slice(0, 0))
-    return Change(
-        before_BSD,
-        after_BSD,
-        token_angles(before_BSD, after_BSD),
-        token_updates(before_BSD, after_BSD) if updates else None,
-    )
+    angles_BS, *added = token_changes(before_BSD, after_BSD, updates)
+    return Change(before_BSD, after_BSD, angles_BS, added)
 
 
 def state_before(block: Block, argument: str, call: Call) -> torch.Tensor:

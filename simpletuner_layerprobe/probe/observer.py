@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from simpletuner_layerprobe.errors import ModelError
-from simpletuner_layerprobe.probe.angles import token_angles
 from simpletuner_layerprobe.probe.blocks import Block, find_blocks, stream_blocks
 from simpletuner_layerprobe.probe.calls import Call, watched
 from simpletuner_layerprobe.probe.changes import Change, change, no_tokens, state_before
+from simpletuner_layerprobe.probe.distances import token_angles
 from simpletuner_layerprobe.probe.families import Family, StreamSeam
 from simpletuner_layerprobe.probe.pairs import Before, Trail, moved_angles
 from simpletuner_layerprobe.probe.parts import Part
@@ -209,8 +209,9 @@ class Observer:
     def _read(self, block: Block, seam: StreamSeam, state: State, change: Change, part: Part) -> None:
         """Take every reading of one stream."""
         self._put(seam.stream, "", block.path, part.readings(change.angles_BS))
-        if change.updates is not None:
-            self._put(seam.stream, "", block.path, update_readings(*change.updates, part))
+        if change.updates:
+            norm_BS, cosine_BS = change.updates
+            self._put(seam.stream, "", block.path, update_readings(norm_BS, cosine_BS, part))
         if self._longest > 1:
             number = self._numbers[seam.stream, block.path]
             before = Before(number, block.path, state, change.before_BSD, part, seam.tokens)

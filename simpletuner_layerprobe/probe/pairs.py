@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
-from simpletuner_layerprobe.probe.angles import chunks, token_angles
+from simpletuner_layerprobe.probe.angles import chunks
+from simpletuner_layerprobe.probe.distances import token_angles
 from simpletuner_layerprobe.probe.parts import Part
 from simpletuner_layerprobe.probe.states import State
 

@@ -5,6 +5,7 @@ The interpreter does everything but libdevice's functions; numpy's arctan2 stand
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ import torch
 import triton.language as tl
 from triton.runtime.interpreter import TensorHandle
 
-from simpletuner_layerprobe.probe import angles, angles_kernel
+from simpletuner_layerprobe.probe import angles_kernel, distances
 
 CPU = torch.device("cpu")
 torch.set_num_threads(1)
@@ -28,12 +29,16 @@ def atan2(y: tl.tensor, x: tl.tensor) -> tl.tensor:
 
 def main(cases: str, out: str) -> None:
     angles_kernel.libdevice = SimpleNamespace(atan2=atan2)
-    angles.KERNEL_DEVICES = ("cpu",)
-    taken = [angles_kernel.angles(before, after) for before, after in torch.load(cases)]
+    distances.KERNEL_DEVICES = ("cpu",)
+    taken = [angles_kernel.changes(before, after, updates=True) for before, after in torch.load(cases)]
     # The check that a device has to pass before its kernel is used.
-    trusted = angles.device_kernel(CPU, torch.bfloat16, torch.bfloat16) is angles_kernel.angles
-    differ = angles.difference(angles_kernel.angles, CPU, torch.float32, torch.bfloat16)
-    torch.save({"angles": taken, "trusted": trusted, "difference": differ}, out)
+    differ = [
+        distances.difference(angles_kernel.changes, CPU, 300, (torch.float32, before), (torch.bfloat16, after), True)
+        for before, after in itertools.product((False, True), repeat=2)
+    ]
+    state = torch.randn(2, 3, 300)
+    trusted = distances.token_changes(state, state, updates=False)
+    torch.save({"changes": taken, "difference": max(differ), "trusted": len(trusted) == 1}, out)
 
 
 if __name__ == "__main__":

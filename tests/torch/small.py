@@ -26,6 +26,14 @@ def float64_angles(before: torch.Tensor, after: torch.Tensor) -> np.ndarray:
     return np.arccos(np.clip(cos, -1, 1)) / np.pi
 
 
+def float64_updates(before: torch.Tensor, after: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """|after - before| / |before| and the cosine of the difference with `before`, in float64, (B, S)."""
+    u, v = before.double().numpy(), after.double().numpy()
+    length, added = np.linalg.norm(u, axis=-1), np.linalg.norm(v - u, axis=-1)
+    with np.errstate(invalid="ignore"):  # without an update there is no cosine
+        return added / length, np.einsum("bsd,bsd->bs", v - u, u) / added / length
+
+
 def cosine_distances(states: list[torch.Tensor]) -> np.ndarray:
     """(B, S, L) float64: the angles of consecutive states."""
     return np.stack([float64_angles(before, after) for before, after in itertools.pairwise(states)], -1)

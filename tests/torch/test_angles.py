@@ -7,8 +7,9 @@ import pytest
 import torch
 from small import float64_angles, laid_out, states
 
-from simpletuner_layerprobe.probe import angles as distance
-from simpletuner_layerprobe.probe.angles import token_angles
+from simpletuner_layerprobe.probe import angles as plain
+from simpletuner_layerprobe.probe import distances
+from simpletuner_layerprobe.probe.distances import token_angles, token_changes
 
 both_layouts = pytest.mark.parametrize("by_width", [False, True])
 
@@ -54,7 +55,7 @@ def test_length_does_not_count_and_the_ends_are_exact(scale, by_width):
 def test_chunks_change_nothing(monkeypatch, by_width):
     before, after = (laid_out(state, by_width) for state in states(3, (2, 50, 16), 1.0, torch.bfloat16))
     whole = token_angles(before, after)
-    monkeypatch.setitem(distance.CHUNK_ELEMENTS, "cpu", 2 * 16 * 7)
+    monkeypatch.setitem(plain.CHUNK_ELEMENTS, "cpu", 2 * 16 * 7)
     # not bit for bit: torch takes the last few elements of a tensor by another atan2
     torch.testing.assert_close(token_angles(before, after), whole, rtol=0, atol=1e-7)
 
@@ -81,7 +82,8 @@ def test_torch_defaults_change_nothing(by_width, default):
     try:
         with torch.device("meta"):
             angles = token_angles(before, after)
-            differ = distance.difference(token_angles, before.device, torch.float32, torch.bfloat16)
+            layouts = (torch.float32, True), (torch.bfloat16, not by_width)
+            differ = distances.difference(token_changes, before.device, 96, *layouts, True)
     finally:
         torch.set_default_dtype(kept)
     assert angles.dtype == torch.float32 and angles.device.type == "cpu"

@@ -5,17 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from small import laid_out, states
+from small import float64_updates, laid_out, states
 
-from simpletuner_layerprobe.probe import angles as distance
+from simpletuner_layerprobe.probe import angles
+from simpletuner_layerprobe.probe.distances import token_angles
 from simpletuner_layerprobe.probe.parts import Part
 from simpletuner_layerprobe.probe.updates import token_updates, update_readings
-
-
-def reference(before: torch.Tensor, after: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    u, v = before.double().numpy(), after.double().numpy()
-    length, added = np.linalg.norm(u, axis=-1), np.linalg.norm(v - u, axis=-1)
-    return added / length, np.einsum("bsd,bsd->bs", v - u, u) / added / length
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -25,7 +20,7 @@ def test_agrees_with_float64(shape, size, dtype):
     before, after = states(0, shape, size, dtype)
     norm, cosine = token_updates(before, after)
     assert norm.dtype == cosine.dtype == torch.float32
-    norm_BS, cosine_BS = reference(before, after)
+    norm_BS, cosine_BS = float64_updates(before, after)
     np.testing.assert_allclose(norm.numpy(), norm_BS, rtol=1e-6, atol=0)
     moved_BS = norm_BS > 0
     np.testing.assert_allclose(cosine.numpy()[moved_BS], cosine_BS[moved_BS], rtol=0, atol=5e-7)
@@ -53,7 +48,7 @@ def test_states_without_length_and_updates_of_zero():
 def test_chunks_change_nothing(monkeypatch):
     before, after = states(3, (2, 50, 16), 1.0, torch.bfloat16)
     whole = token_updates(before, after)
-    monkeypatch.setitem(distance.CHUNK_ELEMENTS, "cpu", 2 * 16 * 7)
+    monkeypatch.setitem(angles.CHUNK_ELEMENTS, "cpu", 2 * 16 * 7)
     torch.testing.assert_close(token_updates(before, after), whole, rtol=0, atol=1e-7)
 
 
@@ -77,8 +72,8 @@ def test_the_mean_cosine_is_over_the_tokens_that_have_an_update():
 @pytest.mark.parametrize("by_width", [False, True])
 def test_autocast_does_not_lower_the_precision(by_width):
     before, after = (laid_out(state, by_width) for state in states(7, (2, 24, 33), 1.0, torch.float32))
-    plain = distance.token_angles(before, after), *token_updates(before, after)
+    plain = token_angles(before, after), *token_updates(before, after)
     with torch.autocast("cpu", torch.bfloat16):
-        taken = distance.token_angles(before, after), *token_updates(before, after)
+        taken = token_angles(before, after), *token_updates(before, after)
     for value, expected in zip(taken, plain, strict=True):
         assert value.dtype == torch.float32 and torch.equal(value, expected)

@@ -129,11 +129,9 @@ def parser() -> argparse.ArgumentParser:
         "2 wrong usage, 130 interrupted.",
     )
     made.add_argument("--version", action="version", version=f"layerprobe {__version__}")
-    commands = made.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = made.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
 
-    def add(
-        name: str, command: Callable[[argparse.Namespace], int], summary: str, more: str, example: str
-    ) -> argparse.ArgumentParser:
+    def add(name: str, command: Callable[[argparse.Namespace], int], summary: str, more: str, example: str) -> Parser:
         added = commands.add_parser(
             name,
             help=summary,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from simpletuner_layerprobe.errors import ConfigError, ProbeError
 from simpletuner_layerprobe.training.live import Live, Pace
@@ -86,6 +86,10 @@ class Settled:
         self._next_samples = 0.0
         self._off = False
 
+    @property
+    def told(self) -> dict[str, str]:
+        return {"settled": f"{self.settled_share:.0%}"}
+
     def begins(self, recorded: int) -> None:
         pass
 
@@ -120,6 +124,7 @@ class LiveView:
     """Shows the trackers how far the run is, and its heatmaps as they grow clearer."""
 
     wants_stop = False
+    told: ClassVar[dict[str, str]] = {}
 
     def __init__(self, directory: str, live: Live, settled: Settled | None) -> None:
         self._directory = directory

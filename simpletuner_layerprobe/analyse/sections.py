@@ -81,6 +81,11 @@ class Section:
     notes: tuple[str, ...] = ()
     text: str = ""
 
+    @property
+    def empty(self) -> bool:
+        """Whether it shows nothing."""
+        return not (self.findings or self.text)
+
 
 def as_json(sections: Sequence[Section]) -> dict[str, Any]:
     """The sections as JSON values; numbers that are not finite are null."""

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import bdtr
 
 from simpletuner_layerprobe.analyse.bootstrap import MIN_SAMPLES, MIN_UNITS, Bootstrap
 from simpletuner_layerprobe.analyse.contribution import article_values, far_out, least_blocks
@@ -99,6 +101,32 @@ def confidence(bootstrap: Bootstrap, decide: Decide, share: float = SHARE) -> Co
         samples=bootstrap.samples,
         value_RL=value_RL,
     )
+
+
+def differing(bootstrap: Bootstrap, decide: Decide, other: Decide) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """What sets blocks and decisions apart from a plan in which all blocks count the same, `other`.
+
+    (L,) whether SHARE of the replicates has the block's contribution on one side of the mean of all, and (K,) whether
+    SHARE of them decides for a number on one side of the other plan's. To differ now this way, now that way is chance;
+    and only both together say something: a plan that weighs alike blocks by their noise still gives most of them a
+    little less, for the few that it gives much.
+    """
+    value_RL, number_RK = decide(bootstrap.replicates())
+    _, other_1K = other({name: mean_TL[None] for name, mean_TL in bootstrap.mean_TL.items()})
+    return _one_sided(value_RL - value_RL.mean(axis=1, keepdims=True)), _one_sided(number_RK - other_1K)
+
+
+def _one_sided(difference_RX: NDArray[Any]) -> NDArray[np.bool_]:
+    """(X,) whether SHARE of the replicates has the same sign, and not 0."""
+    one_sided_X: NDArray[np.bool_] = (
+        np.maximum((difference_RX > 0).mean(axis=0), (difference_RX < 0).mean(axis=0)) >= SHARE
+    )
+    return one_sided_X
+
+
+def by_chance(blocks: int) -> int:
+    """So many of the blocks may be set apart in a run in which all are alike, in 95 of 100 such runs."""
+    return next(count for count in range(blocks + 1) if bdtr(count, blocks, 1 - SHARE) >= SHARE)
 
 
 def interval(

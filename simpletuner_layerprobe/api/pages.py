@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Unpack
 
-from simpletuner_layerprobe.api.options import WEIGHED, PlanOptions
+from simpletuner_layerprobe.api.options import EQUAL, WEIGHED, PlanOptions
 from simpletuner_layerprobe.api.plans import Architecture, alike, plan
 from simpletuner_layerprobe.api.run import Run
+from simpletuner_layerprobe.api.verdict import judged_for, verdict
 from simpletuner_layerprobe.errors import ProbeError, RunError
-from simpletuner_layerprobe.readings import ABLATION, WHOLE, parse_reading
+from simpletuner_layerprobe.readings import ABLATION, TOKENS, WHOLE, parse_reading
 from simpletuner_layerprobe.show.blocks import BlockRow
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from simpletuner_layerprobe.analyse.contribution import Contribution
     from simpletuner_layerprobe.analyse.settled import Confidence
     from simpletuner_layerprobe.lokr.plan import Plan
-    from simpletuner_layerprobe.show.page import Ablated
+    from simpletuner_layerprobe.show.page import Ablated, View
 
 
 def block_rows(
@@ -110,7 +111,11 @@ def figures(
         factor_L: list[int] = article_factors(contribution.value_L, critical=contribution.critical_union()).tolist()
         return factor_L
 
-    return article_files(run.heatmaps(reading, bins), factors, **_look(run, file_format))
+    parameters = None
+    with suppress(ProbeError):
+        made = plan(run, reading=reading, bins=bins, preset="article")
+        parameters = [made.block_parameters(number) for number in range(len(made.blocks))]
+    return article_files(run.heatmaps(reading, bins), factors, parameters, **_look(run, file_format))
 
 
 def figure_names(kind: str = "", file_format: str = "png") -> list[str]:
@@ -143,29 +148,35 @@ def _look(run: Run, file_format: str) -> dict[str, str]:
 def report(run: Run, reading: str | None = None, bins: int = 10, preset: str | None = None) -> str:
     """The run on one HTML page that needs no network. bins: of the maps and findings; the recipe has ten, as elsewhere.
 
-    preset: what the factors are made for. Raises ProbeError if the run has no samples.
+    reading: that the verdict and the findings are of, and that is shown until the other is chosen. preset: what the
+    factors are made for. Raises ProbeError if the run has no samples.
     """
-    from simpletuner_layerprobe.show.page import Weights, page
+    from simpletuner_layerprobe.show.page import page
 
-    weights, problem = None, ""
-    options: dict[str, Any] = {"reading": reading, "preset": preset or run.preset, "direction": WEIGHED}
+    goal, named = judged_for(run, preset)
+    first = run.plan_reading(reading, **goal)
+    readings = (first, *(name for name in TOKENS if name in run.readings and name != first))
+    views = {name: _view(run, name, bins, goal, named) for name in readings}
+    return page(run.data, verdict(run, reading, preset), views, run.findings(first, bins), _ablated(run, first, bins))
+
+
+def _view(run: Run, reading: str, bins: int, goal: PlanOptions, named: str) -> View:
+    """What the report shows of one reading. goal: what its factors are made for, and named so."""
+    from simpletuner_layerprobe.show.page import View, Weights
+
+    options: Any = {"reading": reading, "direction": WEIGHED, **goal}
+    heatmaps = run.heatmaps(reading, bins)
     try:
         made = plan(run, **options) if run.manifest.modules else None
         sure = run.confidence(**options)
+        equal: tuple[int, ...] = ()
+        if made is not None:
+            even = plan(run, reading=reading, params=made.budget or made.parameters, direction=EQUAL)
+            equal = tuple(map(even.block_parameters, range(len(even.blocks))))
         rows = block_rows(run, made, sure, **options)
-        weights = Weights(
-            rows, options["preset"], sure.text(), _commands(run, reading, options["preset"]) if made else ""
-        )
+        return View(heatmaps, Weights(rows, named, sure.text(), equal))
     except ProbeError as error:
-        problem = str(error)
-    return page(
-        run.data,
-        run.heatmaps(reading, bins),
-        run.findings(reading, bins),
-        weights,
-        problem,
-        _ablated(run, reading, bins),
-    )
+        return View(heatmaps, None, str(error))
 
 
 def _ablated(run: Run, reading: str | None, bins: int) -> Ablated | None:
@@ -177,18 +188,6 @@ def _ablated(run: Run, reading: str | None, bins: int) -> Ablated | None:
         return Ablated(run.ablation(bins, reading), run.heatmap(WHOLE, ABLATION, bins), run.ablated)
     except ProbeError as error:
         return Ablated(None, None, run.ablated, str(error))
-
-
-def _commands(run: Run, reading: str | None, preset: str) -> str:
-    """What to type to make and use the config; without the probe run's own options there is no environment."""
-    from simpletuner_layerprobe.training.environment import OPTIONS_NAME
-
-    follow_up = (run.path / OPTIONS_NAME).exists()
-    options = [f"--tokens {reading}"] if reading not in (None, run.reading) else []
-    options.append("--preset article" if preset == "article" else f"--params {preset} --direction {WEIGHED}")
-    options.append("--env weighted" if follow_up else "--out lycoris_config.json")
-    line = f"layerprobe lokr {shlex.quote(str(run.path))} {' '.join(options)}"
-    return f"{line}\nsimpletuner train env=weighted" if follow_up else line
 
 
 def comparison_page(a: Run, b: Run, comparison: Comparison, decided: Sequence[tuple[int, str]]) -> str:

@@ -10,13 +10,14 @@ from simpletuner_layerprobe.api.plans import known_model
 from simpletuner_layerprobe.api.run import Run
 from simpletuner_layerprobe.errors import ConfigError, ModelError
 from simpletuner_layerprobe.run.merge import merge
+from simpletuner_layerprobe.run.newest import runs_below
 from simpletuner_layerprobe.targets import require_file
 
 if TYPE_CHECKING:
     from simpletuner_layerprobe.models import Architecture
     from simpletuner_layerprobe.run.manifest import Manifest
 
-__all__ = ["export", "import_records", "load", "merge", "require_export"]
+__all__ = ["export", "import_records", "load", "merge", "require_export", "runs_below"]
 
 PathLike = str | os.PathLike[str]
 

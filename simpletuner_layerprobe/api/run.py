@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-from simpletuner_layerprobe.api.options import PlanOptions, asked_of
+from simpletuner_layerprobe.api.options import EQUAL, WEIGHED, PlanOptions, asked_of
 from simpletuner_layerprobe.errors import ConfigError, ProbeError, RunError
 from simpletuner_layerprobe.readings import TOKENS
 
@@ -477,6 +477,25 @@ class Run:
         from simpletuner_layerprobe.analyse.settled import times_to_settle
 
         return times_to_settle(*self._decision(reading, bins, options))
+
+    def differing(
+        self, *, reading: str | None = None, bins: int = 10, **options: Unpack[PlanOptions]
+    ) -> tuple[int, ...]:
+        """Numbers of the blocks to which a weighting gives other factors than equal factors of the same size.
+
+        That is, in 95% of the bootstrap replicates a factor on the same side of the equal one, for a contribution on
+        the same side of the mean. () where there is not enough to judge by, and where it is no more blocks than chance
+        makes of blocks that are all alike. options: as for `confidence`, with a budget. Raises ConfigError as `plan`.
+        """
+        from simpletuner_layerprobe.analyse.settled import by_chance, differing
+
+        weighted: PlanOptions = {**options, "direction": WEIGHED}
+        bootstrap, decide = self._decision(reading, bins, weighted)
+        _, equal = self._decision(reading, bins, {**options, "direction": EQUAL})
+        apart_L, apart_K = differing(bootstrap, decide, equal)
+        decided = self.decided(reading=reading, bins=bins, **weighted)
+        numbers = {number for (number, _), apart in zip(decided, apart_K, strict=True) if apart and apart_L[number]}
+        return tuple(sorted(numbers)) if bootstrap.enough and len(numbers) > by_chance(len(apart_L)) else ()
 
     def decided(
         self, *, reading: str | None = None, bins: int = 10, **options: Unpack[PlanOptions]

@@ -6,9 +6,9 @@ import argparse
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from simpletuner_layerprobe.commands.arguments import Add
+from simpletuner_layerprobe.commands.arguments import Add, add_wide
 from simpletuner_layerprobe.commands.imports import light
-from simpletuner_layerprobe.commands.output import LEFT, OK, RIGHT, print_json, print_table, say
+from simpletuner_layerprobe.commands.output import LEFT, OK, RIGHT, print_json, print_table, print_text, say
 from simpletuner_layerprobe.show.words import counted, listed
 
 if TYPE_CHECKING:
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 HEADS = ("update", "share", "weight", "relative", "parameters", "share")
 PLANNED = "planned"
+LABEL = 9
+"""The width of the label that a line below the table begins with."""
+SPARE = ("weight", "update", PLANNED)
 
 
 def add_parser(add: Add) -> None:
@@ -43,6 +46,7 @@ def add_parser(add: Add) -> None:
         help="the LyCORIS config that the adapter was made from; default the lycoris_config.json beside FILE",
     )
     added.add_argument("--json", action="store_true", help="print one JSON object, with every module")
+    add_wide(added)
 
 
 def command(arguments: argparse.Namespace) -> int:
@@ -53,11 +57,11 @@ def command(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json(as_json(made))
         return OK
-    _print(made)
+    _print(made, arguments.wide)
     return OK
 
 
-def _print(made: AdapterUpdates) -> None:
+def _print(made: AdapterUpdates, wide: bool) -> None:
     """The table of blocks, kinds and streams, and the notes."""
     whole = made.whole
     of_weight = "" if whole.relative is None else f", {percent(whole.relative)} of the weights' norm"
@@ -69,9 +73,9 @@ def _print(made: AdapterUpdates) -> None:
     for title, parts in (("kind", made.by_kind), ("stream", made.by_stream)):
         if len(parts) > 1:
             rows += [[""] * len(heads), [title, *heads[1:]], *(_row(part, whole, differs) for part in parts)]
-    print_table(heads, rows, LEFT + RIGHT * (len(heads) - 1))
+    print_table(heads, rows, LEFT + RIGHT * (len(heads) - 1), spare=SPARE, wide=wide)
     for line in _lines(made, differs):
-        say(line)
+        print_text(line[:LABEL], line[LABEL:], wide=wide)
 
 
 def _row(part: Part, whole: Part, differs: bool) -> list[str]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
+from simpletuner_layerprobe.commands.output import say
 from simpletuner_layerprobe.errors import ProbeError
 from simpletuner_layerprobe.lokr.amounts import amount, preset_parameters
 from simpletuner_layerprobe.printable import printable
@@ -25,18 +28,88 @@ class Add(Protocol):
 
     def __call__(
         self, name: str, command: Callable[[argparse.Namespace], int], summary: str, more: str, example: str
-    ) -> argparse.ArgumentParser: ...
+    ) -> Parser: ...
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose usage errors are one line."""
+    """A parser whose usage errors are one line, and whose --help shows the common options; --help-all shows all."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._rest: list[argparse._ArgumentGroup] = []
+
+    def add_rest(self, title: str) -> argparse._ArgumentGroup:
+        """A group of options that --help only names."""
+        if not self._rest:
+            self.add_argument("--help-all", action=_HelpAll, nargs=0, help="show all options and exit")
+        self._rest.append(self.add_argument_group(title))
+        return self._rest[-1]
+
+    def format_help(self) -> str:
+        helps = [(action, action.help) for group in self._rest for action in group._group_actions]
+        for group in self._rest:
+            group.description = ", ".join(action.option_strings[0] for action in group._group_actions)
+        for action, _ in helps:
+            action.help = argparse.SUPPRESS
+        shown = super().format_help()
+        for action, text in helps:
+            action.help = text
+        for group in self._rest:
+            group.description = None
+        return shown
+
+    def print_all(self) -> None:
+        """Print the help with every option."""
+        sys.stdout.write(super().format_help())
 
     def error(self, message: str) -> NoReturn:
+        choice = re.fullmatch(r"(.*invalid choice: '(.*)') \(choose from (.*)\)", message)
+        near = difflib.get_close_matches(choice[2], re.findall(r"[\w.:-]+", choice[3]), n=1) if choice else []
+        if choice and near:
+            message = f"{choice[1]}; did you mean {near[0]}?"
         self.exit(USAGE, f"layerprobe: error: {printable(' '.join(message.split()))} (see {self.prog} --help)\n")
 
 
+class _HelpAll(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        assert isinstance(parser, Parser)
+        parser.print_all()
+        parser.exit()
+
+
 def add_run(added: argparse.ArgumentParser) -> None:
-    added.add_argument("run", metavar="RUN", help="run folder, or a file of the article's records")
+    added.add_argument(
+        "run",
+        metavar="RUN",
+        nargs="?",
+        help="run folder or the output_dir that it lies in, or a file of the article's records; default the newest run "
+        "below the current folder",
+    )
+
+
+def chosen_run(arguments: argparse.Namespace) -> str:
+    """The RUN that was given, else the newest below the current folder, which is said in a line of its own."""
+    if arguments.run is not None:
+        run: str = arguments.run
+        return run
+    from simpletuner_layerprobe.api.records import runs_below
+
+    runs = runs_below(".")
+    if not runs:
+        or_model = ", or --model for a plan without a run" if "model" in arguments else ""
+        arguments.wrong_usage(f"give RUN{or_model}: there is no run below the current folder")
+    (time, newest), *others = runs
+    if others and others[0][0] == time:
+        arguments.wrong_usage(f"give RUN: {newest} and {others[0][1]} below the current folder are of the same time")
+    if not getattr(arguments, "json", False):
+        say(f"newest run  {newest}" + (f", of {len(runs):,} below this folder" if others else ""))
+    return str(newest)
+
+
+def add_wide(added: argparse._ActionsContainer) -> None:
+    added.add_argument(
+        "--wide", action="store_true", help="print every column, however wide the terminal (or COLUMNS) is"
+    )
 
 
 def add_force(added: argparse.ArgumentParser, what: str = "a file") -> None:
@@ -56,7 +129,7 @@ def add_bins(added: argparse.ArgumentParser) -> None:
     )
 
 
-def add_tokens(added: argparse.ArgumentParser, use: str) -> None:
+def add_tokens(added: argparse._ActionsContainer, use: str) -> None:
     added.add_argument(
         "--tokens",
         choices=("last", "mean"),
@@ -64,7 +137,7 @@ def add_tokens(added: argparse.ArgumentParser, use: str) -> None:
     )
 
 
-def add_precision(added: argparse.ArgumentParser) -> None:
+def add_precision(added: argparse._ActionsContainer) -> None:
     added.add_argument(
         "--precision",
         metavar="P",

@@ -6,9 +6,9 @@ import argparse
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from simpletuner_layerprobe.commands.arguments import KNOWN_MODELS, Add, add_precision
+from simpletuner_layerprobe.commands.arguments import KNOWN_MODELS, Add, add_precision, add_wide
 from simpletuner_layerprobe.commands.imports import light, named_model
-from simpletuner_layerprobe.commands.output import OK, say
+from simpletuner_layerprobe.commands.output import LEFT, OK, print_table, print_text, say
 from simpletuner_layerprobe.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def add_parser(add: Add) -> None:
         help="say instead whether this file, pytorch_lora_weights.safetensors, comes from the config: module by module",
     )
     added.add_argument("--differences", action="store_true", help="list only the modules that differ")
+    add_wide(added)
 
 
 def command(arguments: argparse.Namespace) -> int:
@@ -49,26 +50,31 @@ def command(arguments: argparse.Namespace) -> int:
         return _compare_adapter(arguments, model)
     with light("lycoris", arguments):
         check = check_config(arguments.config, model)
-    for row in check.rows:
-        if not row.ok:
-            say(f"WRONG  {row}")
-        elif not arguments.differences:
-            say(f"ok     {row.name}: {row.got}")
+    wide = arguments.wide
+    rows = [
+        ("ok", row.name, str(row.got)) if row.ok else ("WRONG", row.name, row.difference)
+        for row in check.rows
+        if not (row.ok and arguments.differences)
+    ]
+    if rows:
+        print_table(("", "module", "gets"), rows, 3 * LEFT, wide=wide)
     if not arguments.differences:
-        _print_splits(check)
+        _print_splits(check, wide)
     for pattern in check.unmatched[:MOST_ALIKE]:
-        say(f"note   nothing in the model matches {pattern}")
+        print_text("note   ", f"nothing in the model matches {pattern}", wide=wide)
     if len(check.unmatched) > MOST_ALIKE:
         say(f"note   nothing in the model matches {len(check.unmatched) - MOST_ALIKE:,} more")
     for note in check.notes:
-        say(f"note   {note}")
+        print_text("note   ", note, wide=wide)
     if check.uncovered:
-        say(
-            f"reach  {len(check.layers) - len(check.uncovered):,} of the model's {len(check.layers):,} linear and "
-            f"convolutional layers; {len(check.uncovered):,} get no adapter, first {check.uncovered[0]}"
+        print_text(
+            "reach  ",
+            f"{len(check.layers) - len(check.uncovered):,} of the model's {len(check.layers):,} linear and "
+            f"convolutional layers; {len(check.uncovered):,} get no adapter, first {check.uncovered[0]}",
+            wide=wide,
         )
     for reason in check.stops:
-        say(f"STOPS  {reason}")
+        print_text("STOPS  ", reason, wide=wide)
     say(
         f"LyCORIS {check.version}: {len(check.wrong):,} of {len(check.rows):,} modules wrong, "
         f"{check.parameters:,} trainable parameters, {check.intended_parameters:,} meant"
@@ -77,14 +83,15 @@ def command(arguments: argparse.Namespace) -> int:
     return OK
 
 
-def _print_splits(check: Check) -> None:
+def _print_splits(check: Check, wide: bool) -> None:
     lines = check.splits
     for line in lines[:MOST_ALIKE]:
-        say(f"split  {line}")
+        print_text("split  ", line, wide=wide)
     if len(lines) > MOST_ALIKE:
         say(f"split  ... and {len(lines) - MOST_ALIKE:,} more")
     if lines:
-        say("split  a side splits at its largest divisor up to the factor; a larger factor is fewer parameters")
+        said = "a side splits at its largest divisor up to the factor; a larger factor is fewer parameters"
+        print_text("split  ", said, wide=wide)
 
 
 def _compare_adapter(arguments: argparse.Namespace, model: Run | Architecture) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from simpletuner_layerprobe.commands.arguments import KNOWN_MODELS, Add, add_precision
+from simpletuner_layerprobe.commands.arguments import KNOWN_MODELS, Add, add_precision, add_wide
 from simpletuner_layerprobe.commands.imports import named_model
 from simpletuner_layerprobe.commands.output import LEFT, OK, RIGHT, print_json, print_table
 
@@ -29,6 +29,7 @@ def add_parser(add: Add) -> None:
     source.add_argument("--run", metavar="RUN", help="the model is the one of this run folder")
     add_precision(added)
     added.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
+    add_wide(added)
 
 
 def command(arguments: argparse.Namespace) -> int:
@@ -44,7 +45,7 @@ def command(arguments: argparse.Namespace) -> int:
         return OK
     table = [[aim.text, f"{aim.modules:,}", f"{aim.weights:,}"] for aim in (*classes, *names)]
     table.insert(len(classes), ["name (use_fnmatch)", "", ""])
-    print_table(["class", "modules", "weights"], table, LEFT + RIGHT + RIGHT)
+    print_table(["class", "modules", "weights"], table, LEFT + RIGHT + RIGHT, spare=("weights",), wide=arguments.wide)
     return OK
 
 

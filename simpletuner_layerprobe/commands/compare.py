@@ -8,15 +8,14 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from simpletuner_layerprobe.commands.arguments import Add, add_bins, add_force, add_preset, add_tokens
-from simpletuner_layerprobe.commands.output import LEFT, OK, RIGHT, print_json, print_table, say
+from simpletuner_layerprobe.commands.arguments import Add, add_bins, add_force, add_preset, add_tokens, add_wide
+from simpletuner_layerprobe.commands.output import LEFT, OK, RIGHT, print_json, print_table, print_text, say
 from simpletuner_layerprobe.files import write_files
 from simpletuner_layerprobe.show.words import capital, counted, share_text
 from simpletuner_layerprobe.targets import PAGE, require_file, require_folder
 
 if TYPE_CHECKING:
     from simpletuner_layerprobe.api.changes import Comparison, StreamComparison
-    from simpletuner_layerprobe.api.run import Run
 
 
 def add_parser(add: Add) -> None:
@@ -42,6 +41,7 @@ def add_parser(add: Add) -> None:
     add_bins(added)
     add_tokens(added, "to compare")
     add_preset(added)
+    add_wide(added)
 
 
 def command(arguments: argparse.Namespace) -> int:
@@ -64,13 +64,13 @@ def command(arguments: argparse.Namespace) -> int:
         print_json({**runs, "images": {"a": run_a.images, "b": run_b.images}, **as_json(comparison)})
         return OK
     for label, run in (("A", run_a), ("B", run_b)):
-        say(f"{label}  {run.path}: {run.model or 'unknown model'}, {run.counted}")
+        print_text(f"{label}  ", f"{run.path}: {run.model or 'unknown model'}, {run.counted}", wide=arguments.wide)
     for line in comparison.notes:
-        say(f"note: {line}")
-    _print_paired(comparison)
+        print_text("note: ", line, wide=arguments.wide)
+    _print_paired(comparison, arguments.wide)
     for stream in comparison.streams.values():
-        _print_stream(stream, comparison)
-    _print_factors(run_a, run_b, comparison, decided, preset)
+        _print_stream(stream, comparison, arguments.wide)
+    _print_factors(comparison, decided, preset, arguments.wide)
     if out is not None:
         say(f"written: {out}")
     return OK
@@ -82,12 +82,13 @@ def _page_path(out: str, force: bool) -> Path:
     return require_file(out, PAGE, force=force)
 
 
-def _print_paired(comparison: Comparison) -> None:
+def _print_paired(comparison: Comparison, wide: bool) -> None:
     from simpletuner_layerprobe.api.changes import change_text, clear, paired_text
 
     made = comparison.paired
     if made is None:
-        say(f"not paired: {comparison.not_paired}; the runs are taken for independent draws of images")
+        said = f"{comparison.not_paired}; the runs are taken for independent draws of images"
+        print_text("not paired: ", said, wide=wide)
         return
     number = {block: i for i, block in enumerate(comparison.blocks)}
     say()
@@ -101,9 +102,8 @@ def _print_paired(comparison: Comparison) -> None:
         if not math.isnan(made.loss_T.difference[t])
     ]  # fmt: skip
     if rows:
-        print_table(
-            ("sigma", "pairs", "loss A", "loss B", "change [95% interval]"), rows, LEFT + 3 * RIGHT + LEFT, "  "
-        )
+        heads = ("sigma", "pairs", "loss A", "loss B", "change [95% interval]")
+        print_table(heads, rows, LEFT + 3 * RIGHT + LEFT, "  ", spare=("loss A", "loss B"), wide=wide)
     rows = [
         (str(number[block]), f"{block} ({stream})", f"{change.a[i]:.4g}", f"{change.b[i]:.4g}", change_text(change, i))
         for stream, change in made.angles.items()
@@ -112,12 +112,13 @@ def _print_paired(comparison: Comparison) -> None:
     ]
     if rows:
         say()
-        print_table(("#", "block", "A", "B", "change [95% interval]"), rows, RIGHT + 4 * LEFT, indent="  ")
+        heads = ("#", "block", "A", "B", "change [95% interval]")
+        print_table(heads, rows, RIGHT + 4 * LEFT, "  ", spare=("A", "B"), wide=wide)
     say()
     say("Unpaired, as if each run had drawn its own images:")
 
 
-def _print_stream(stream: StreamComparison, comparison: Comparison) -> None:
+def _print_stream(stream: StreamComparison, comparison: Comparison, wide: bool) -> None:
     from simpletuner_layerprobe.api.changes import chance, change_text, sigma_text
 
     title = f"{capital(stream.stream)} stream"
@@ -141,12 +142,10 @@ def _print_stream(stream: StreamComparison, comparison: Comparison) -> None:
             rows.append((number, block, f"{stream.levels.a[i]:.4g}", f"{stream.levels.b[i]:.4g}", change, p, where))
     if rows:
         heads = ("#", "block", "A", "B", "change [95% interval]", "chance", "cells changed at sigma")
-        print_table(heads, rows, RIGHT + 6 * LEFT, indent="  ")
+        print_table(heads, rows, RIGHT + 6 * LEFT, "  ", spare=("A", "B", "chance", "#"), wide=wide)
 
 
-def _print_factors(
-    run_a: Run, run_b: Run, comparison: Comparison, decided: tuple[tuple[int, str], ...], preset: str
-) -> None:
+def _print_factors(comparison: Comparison, decided: tuple[tuple[int, str], ...], preset: str, wide: bool) -> None:
     factors = comparison.factors
     say()
     if factors is None:
@@ -156,7 +155,7 @@ def _print_factors(
     counts = ", ".join(f"{verdicts.count(verdict):,} {verdict}" for verdict in ("changed", "same", "not settled"))
     say(f"Factors (preset {preset}): {counts} of {len(verdicts):,}")
     for label, sure in (("A", factors.a), ("B", factors.b)):
-        say(f"  {label}: {sure.text()}")
+        print_text(f"  {label}: ", sure.text(), wide=wide)
     rows = []
     for place, (number, kind) in enumerate(decided):
         if verdicts[place] == "same" or factors.a.factor_K[place] == factors.b.factor_K[place]:
@@ -170,4 +169,5 @@ def _print_factors(
         )
     if rows:
         heads = ("#", "block", "contribution A", "contribution B", "factor A", "factor B", "agreement", "")
-        print_table(heads, rows, RIGHT + 7 * LEFT, indent="  ")
+        spare = ("agreement", "contribution A", "contribution B")
+        print_table(heads, rows, RIGHT + 7 * LEFT, "  ", spare=spare, wide=wide)

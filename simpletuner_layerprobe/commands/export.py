@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from simpletuner_layerprobe.commands.arguments import Add, add_force, add_run, add_tokens
+from simpletuner_layerprobe.commands.arguments import Add, add_force, add_tokens
 from simpletuner_layerprobe.commands.output import OK, say, warn
 from simpletuner_layerprobe.show.words import counted
 
@@ -21,7 +21,7 @@ def add_parser(add: Add) -> None:
         "layerprobe export output/sd35-probe/layerprobe records.jsonl.gz\n"
         "layerprobe export output/sd35-probe/layerprobe run.parquet",
     )
-    add_run(added)
+    added.add_argument("run", metavar="RUN", help="run folder, or a file of the article's records")
     added.add_argument("file", metavar="FILE", help="file to write, - for standard output")
     add_force(added)
     add_tokens(added, "of the records")

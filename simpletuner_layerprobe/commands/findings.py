@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from simpletuner_layerprobe.commands.arguments import Add, add_bins, add_run, add_tokens
-from simpletuner_layerprobe.commands.output import OK, print_json, say
+from simpletuner_layerprobe.commands.arguments import Add, add_bins, add_run, add_tokens, add_wide, chosen_run
+from simpletuner_layerprobe.commands.imports import light
+from simpletuner_layerprobe.commands.output import OK, print_json, print_text, print_verdict, say
 from simpletuner_layerprobe.show.words import block_range
 
 
@@ -31,31 +32,42 @@ def add_parser(add: Add) -> None:
         help="what to look at: the angular distance (default), or how much the loss rises with a block, or its text "
         "update alone, left out (layerprobe_ablation)",
     )
+    add_wide(added)
 
 
 def command(arguments: argparse.Namespace) -> int:
     from simpletuner_layerprobe.api import load
     from simpletuner_layerprobe.api.findings import TITLES, as_json, numbered, words
-    from simpletuner_layerprobe.show.findings import by_kind, detail, where
+    from simpletuner_layerprobe.api.verdict import verdict
+    from simpletuner_layerprobe.show.findings import by_kind, detail, empty, where
 
-    run = load(arguments.run)
+    run = load(chosen_run(arguments))
     reading = arguments.tokens if arguments.reading == "angle" else arguments.reading
     sections = run.findings(reading, arguments.bins, arguments.tokens)
+    with light("lycoris", arguments):  # which counts what the run's own config trains
+        judged = verdict(run, arguments.tokens)
     if arguments.json:
-        told = {"run": str(run.path), "samples": run.samples, "images": run.images}
+        told = {
+            "run": str(run.path),
+            "samples": run.samples,
+            "images": run.images,
+            "verdict": dict(judged.lines),
+        }
         print_json({**told, **as_json(sections)})
         return OK
     say(f"{run.model or 'unknown model'}, {run.counted}")
-    for section in (section for _, those in by_kind(sections) for section in those):
+    print_verdict(judged, wide=arguments.wide)
+    for section in (section for _, those in by_kind(sections) for section in those if not section.empty):
         say()
         say(f"{TITLES[section.kind]}{where(section.stream)}")
         if section.text:
-            say(f"  {section.text}")
+            print_text("  ", section.text, wide=arguments.wide)
         for finding in section.findings:
             name = block_range(numbered(finding, run.streams))
-            say(f"  {name} {words(finding)} ({detail(finding, run.samples)})")
-        if section.missing or not (section.findings or section.text):
-            say(f"  {section.missing or 'none'}")
+            print_text("  ", f"{name} {words(finding)} ({detail(finding, run.samples)})", wide=arguments.wide)
         for note in section.notes:
-            say(f"  note: {note}")
+            print_text("  note: ", note, wide=arguments.wide)
+    if nothing := empty(sections):
+        say()
+        print_text("nothing of  ", "; ".join(nothing), wide=arguments.wide)
     return OK

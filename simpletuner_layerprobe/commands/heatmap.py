@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from simpletuner_layerprobe.commands.arguments import Add, add_bins, add_force, add_run, add_tokens
+from simpletuner_layerprobe.commands.arguments import Add, add_bins, add_force, add_run, add_tokens, chosen_run
 from simpletuner_layerprobe.commands.output import OK, sample_warnings, say, warn
 from simpletuner_layerprobe.files import write_files
 from simpletuner_layerprobe.targets import require_file, require_folder
@@ -20,7 +20,7 @@ def add_parser(add: Add) -> None:
         command,
         "draw the article's figures and write the heatmaps as arrays",
         "Figure 1: both streams, linear, log1p and clipped at the 95th percentile. Figure 2: their mean.\n"
-        "Figure 3: the factors of the article's recipe, critical blocks as they are seen in the run.\n"
+        "Figure 3: the parameters and factors by the article's recipe, critical blocks as they are seen in the run.\n"
         "heatmap.npz: the arrays. Files of these names in DIR that layerprobe made are replaced.\n"
         "With --reading, one figure and one .npz of that reading, if the run was recorded with it.",
         "layerprobe heatmap output/sd35-probe/layerprobe --out figures",
@@ -48,7 +48,7 @@ def command(arguments: argparse.Namespace) -> int:
     folder = require_folder(arguments.out)
     for name in figure_names("" if arguments.reading == ANGLE else arguments.reading, arguments.format):
         require_file(folder / name, force=arguments.force)
-    run, look = load(arguments.run), {"bins": arguments.bins, "file_format": arguments.format}
+    run, look = load(chosen_run(arguments)), {"bins": arguments.bins, "file_format": arguments.format}
     reading, problem = arguments.tokens or run.reading, ""
     if arguments.reading == ANGLE:
         files, problem = figures(run, reading, **look)

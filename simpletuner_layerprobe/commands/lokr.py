@@ -12,8 +12,11 @@ from simpletuner_layerprobe.commands.arguments import (
     Add,
     add_force,
     add_precision,
+    add_run,
     add_tokens,
+    add_wide,
     budget,
+    chosen_run,
     critical_blocks,
     frozen_blocks,
     within,
@@ -53,21 +56,24 @@ def add_parser(add: Add) -> None:
         "layerprobe lokr output/sd35-probe/layerprobe --algo lora --rank 32 --env sd35-lora\n"
         "layerprobe lokr --model sd35-large --params 400M",
     )
-    added.add_argument("run", metavar="RUN", nargs="?", help="run folder, or a file of the article's records")
-    added.add_argument(
+    add_run(added)
+    measured = added.add_rest("what contributions are made of, with --help-all")
+    planned = added.add_rest("how the plan is made, with --help-all")
+    printed = added.add_rest("what is printed, with --help-all")
+    measured.add_argument(
         "--model",
         metavar="MODEL",
         help=f"the model of a RUN that has no module table; without RUN all blocks are planned alike: {KNOWN_MODELS}",
     )
-    add_precision(added)
-    added.add_argument(
+    add_precision(measured)
+    measured.add_argument(
         "--by",
         choices=(ANGLE, ABLATION),
         default=ANGLE,
         help="what contributions are made of: how far a block turns the hidden states, or how much the loss grows with "
         "the block left out (a run with layerprobe_ablation: blocks; a negative increase counts as 0); default angle",
     )
-    add_tokens(added, "to use by angle")
+    add_tokens(measured, "to use by angle")
     goal = added.add_mutually_exclusive_group()
     goal.add_argument(
         "--preset",
@@ -82,7 +88,7 @@ def add_parser(add: Add) -> None:
         help="a budget: trainable parameters such as 400M, their size in bf16 such as 800MB, or a lycoris_config.json: "
         "as many as LyCORIS really makes of it",
     )
-    added.add_argument(
+    planned.add_argument(
         "--critical",
         type=critical_blocks,
         metavar="BLOCKS",
@@ -95,12 +101,12 @@ def add_parser(add: Add) -> None:
         help="with a budget, which blocks get more. Default uniform, equal factors, which nothing measured beats "
         f"(docs/study-weighting.md); {DIRECTIONS[0]} where --contrast, --per-stream, --tokens or --by ablation weigh",
     )
-    added.add_argument(
+    planned.add_argument(
         "--per-stream",
         action="store_true",
         help="with a budget: weight image modules by the image stream's distances, text modules by the text stream's",
     )
-    added.add_argument(
+    planned.add_argument(
         "--contrast",
         type=within(float, 1, MAX_CONTRAST),
         metavar="F",
@@ -114,14 +120,14 @@ def add_parser(add: Add) -> None:
         help="blocks to leave out of the config, such as 0,3-5 or 0-3,least:2: least:N are the N of all blocks that "
         "contribute least; that the model needs these least is measured with --by ablation only",
     )
-    added.add_argument(
+    planned.add_argument(
         "--algo",
         choices=("lokr", "loha", "locon", "lora"),
         default="lokr",
         help="LyCORIS's lokr, loha or locon, or PEFT's standard lora; the others have ranks in place of factors: "
         "factor f is one f-th of the rank; default lokr",
     )
-    added.add_argument(
+    planned.add_argument(
         "--rank",
         type=within(int, 1, MAX_RANK),
         metavar="R",
@@ -135,12 +141,13 @@ def add_parser(add: Add) -> None:
         help="write the SimpleTuner environment config/NAME: its config.json, from the probe run's own, and its "
         "lycoris_config.json",
     )
-    added.add_argument(
+    planned.add_argument(
         "--closest",
         action="store_true",
         help=f"write also a plan that misses the budget by more than {FAR_FROM_BUDGET:.1%}%: the closest there is",
     )
     add_force(added, "a config")
+    add_wide(printed)
     added.add_argument(
         "--json", action="store_true", help="print one JSON object, with the config, in place of the table"
     )
@@ -150,8 +157,8 @@ def command(arguments: argparse.Namespace) -> int:
     from simpletuner_layerprobe.api import load, plan
     from simpletuner_layerprobe.api.pages import block_rows
 
-    if arguments.run is None and arguments.model is None:
-        arguments.wrong_usage("give RUN, or --model for a plan without a run")
+    if arguments.model is None:
+        arguments.run = chosen_run(arguments)
     if arguments.algo == "lora" and arguments.out is not None:
         arguments.wrong_usage(
             "SimpleTuner takes ranks of a standard LoRA only from files that its options name: use --env, not --out"
@@ -177,7 +184,9 @@ def command(arguments: argparse.Namespace) -> int:
     freeze = tuple(sorted({*numbers, *least}))
     if run is not None and not run.manifest.modules and not _of_modules(arguments):
         known = run.confidence(reading=reading, **options)
-        print_factors(known, block_rows(run, None, known, reading=reading, **options), reading or run.reading)
+        print_factors(
+            known, block_rows(run, None, known, reading=reading, **options), reading or run.reading, wide=arguments.wide
+        )
         warn(*sample_warnings(run, reading, BINS))
         return OK
     made = plan(of, reading=reading, freeze=freeze, **options)
@@ -203,7 +212,7 @@ def command(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json(as_json(arguments, run, made, sure, rows, frozen, written) | size.as_json() | other_json(other))
         return OK
-    print_plan(made, sure, rows, going_by, frozen)
+    print_plan(made, sure, rows, going_by, frozen, wide=arguments.wide)
     for line in (*size.lines(), *other_lines(other)):
         say(line)
     for path in written:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from simpletuner_layerprobe.commands.output import LEFT, RIGHT, print_table, say, size_text
+from simpletuner_layerprobe.commands.output import LEFT, RIGHT, print_table, say
 from simpletuner_layerprobe.lokr.amounts import BF16_BYTES
-from simpletuner_layerprobe.show.words import blocks_text, counted, samples_text, share_text
+from simpletuner_layerprobe.show.words import blocks_text, counted, samples_text, share_text, size_text
 
 if TYPE_CHECKING:
     from simpletuner_layerprobe.api.pages import BlockRow, Confidence, Plan, Run
@@ -42,7 +42,7 @@ class Frozen:
 
 
 def print_plan(
-    plan: Plan, sure: Confidence | None, rows: Sequence[BlockRow], reading: str, frozen: Frozen | None
+    plan: Plan, sure: Confidence | None, rows: Sequence[BlockRow], reading: str, frozen: Frozen | None, *, wide: bool
 ) -> None:
     """The table of blocks, what was asked for, reached and proved, and how sure it is. reading: that it goes by."""
     from simpletuner_layerprobe.api.options import EQUAL
@@ -50,7 +50,7 @@ def print_plan(
     heads, sides, table = _table(rows, sure)
     blank = [""] * (len(heads) - 4)
     table.append(["", "total", *blank, f"{plan.parameters:,}", f"{_size(plan.parameters)} in bf16"])
-    print_table(heads, table, "".join(sides))
+    print_table(heads, table, "".join(sides), spare=_spare(heads), wide=wide)
     if sure:
         say(f"by       {READINGS[reading]}; {samples_text(sure.samples, sure.images)}")
     if frozen:
@@ -75,13 +75,18 @@ def print_plan(
     say(f"verified: {check.builder} {check.version} gives all {len(check.rows):,} modules the {plan.word} meant")
 
 
-def print_factors(sure: Confidence, rows: Sequence[BlockRow], reading: str) -> None:
+def print_factors(sure: Confidence, rows: Sequence[BlockRow], reading: str, *, wide: bool) -> None:
     """The table of a run without a module table: the article's factors, without a plan and a proof."""
     heads, sides, table = _table(rows, sure)
-    print_table(heads, table, "".join(sides))
+    print_table(heads, table, "".join(sides), spare=_spare(heads), wide=wide)
     say(f"by       {READINGS[reading]}; {samples_text(sure.samples, sure.images)}")
     say(sure.text())
     say("not verified, parameters unknown: the run has no module table; name its model in layerprobe import --model")
+
+
+def _spare(heads: Sequence[str]) -> tuple[str, ...]:
+    """The columns that are left out first where there is no room."""
+    return ("agree", "95% interval", "contribution", *reversed(heads[3:-2]))
 
 
 def _table(rows: Sequence[BlockRow], sure: Confidence | None) -> tuple[list[str], list[str], list[list[str]]]:

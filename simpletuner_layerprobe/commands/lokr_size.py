@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Unpack
 
-from simpletuner_layerprobe.commands.output import size_text
 from simpletuner_layerprobe.errors import ProbeError
 from simpletuner_layerprobe.lokr.amounts import BF16_BYTES
-from simpletuner_layerprobe.show.words import blocks_text
+from simpletuner_layerprobe.show.words import blocks_text, size_text
 
 if TYPE_CHECKING:
     from simpletuner_layerprobe.api.options import PlanOptions

@@ -18,7 +18,8 @@ def add_parser(add: Add) -> None:
         "counted once. All of it is written, or nothing; the runs stay as they are.",
         "layerprobe merge machine-a/layerprobe machine-b/layerprobe runs/both",
     )
-    added.add_argument("runs", metavar="RUN", nargs="+", help="run folders")
+    added.usage = "layerprobe merge [-h] RUN RUN [RUN ...] OUT"
+    added.add_argument("runs", metavar="RUN", nargs="+", help="run folders, two or more")
     added.add_argument("out", metavar="OUT", help="run folder to make")
 
 

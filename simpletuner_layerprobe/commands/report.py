@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import argparse
 
-from simpletuner_layerprobe.commands.arguments import Add, add_bins, add_force, add_preset, add_run, add_tokens
+from simpletuner_layerprobe.commands.arguments import (
+    Add,
+    add_bins,
+    add_force,
+    add_preset,
+    add_run,
+    add_tokens,
+    chosen_run,
+)
+from simpletuner_layerprobe.commands.imports import light
 from simpletuner_layerprobe.commands.output import OK, sample_warnings, say, warn
 from simpletuner_layerprobe.errors import ConfigError
 from simpletuner_layerprobe.files import write_files
@@ -31,12 +40,13 @@ def command(arguments: argparse.Namespace) -> int:
     from simpletuner_layerprobe.api import load
     from simpletuner_layerprobe.api.pages import report
 
-    run = load(arguments.run)
+    run = load(chosen_run(arguments))
     if arguments.out is None and not run.path.is_dir():
         raise ConfigError(f"{run.path} is no folder that the page could lie in; name the page with --out")
     place = run.path / "report.html"
     out = require_file(place if arguments.out is None else arguments.out, PAGE, force=arguments.force, place=place)
-    page = report(run, arguments.tokens, bins=arguments.bins, preset=arguments.preset)
+    with light("lycoris", arguments):  # which counts what the run's own config trains
+        page = report(run, arguments.tokens, bins=arguments.bins, preset=arguments.preset)
     write_files({out: page.encode()}, force=arguments.force, place=place)
     arguments.written = [out]
     warn(*sample_warnings(run, arguments.tokens, arguments.bins))

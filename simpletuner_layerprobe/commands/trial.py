@@ -8,7 +8,7 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from simpletuner_layerprobe.commands.arguments import Add, add_force, amount_of_parameters, within
+from simpletuner_layerprobe.commands.arguments import Add, add_force, add_wide, amount_of_parameters, within
 from simpletuner_layerprobe.commands.imports import light
 from simpletuner_layerprobe.commands.lokr import MAX_CONTRAST
 from simpletuner_layerprobe.commands.output import LEFT, OK, RIGHT, print_json, print_table, say, warn
@@ -50,6 +50,7 @@ def add_parser(add: Add) -> None:
     report.add_argument("--out", metavar="FILE", help="the page; default DIR/report.html")
     add_force(report)
     report.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
+    add_wide(report)
     for part, run_part in (("new", _new), ("run", _run), ("report", _report)):
         parser = parts.choices[part]
         parser.set_defaults(run_part=run_part, wrong_usage=parser.error)
@@ -180,6 +181,6 @@ def _report(arguments: argparse.Namespace) -> int:
         warn(
             f"{counted(len(facts.seeds), 'seed')} of {len(trial.seeds)} trained for every arm; the others do not count"
         )
-    print_trial(facts, judgement)
+    print_trial(facts, judgement, wide=arguments.wide)
     say(f"written: {page}")
     return OK

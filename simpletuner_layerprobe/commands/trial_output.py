@@ -11,12 +11,11 @@ from simpletuner_layerprobe.show.words import counted, listed
 if TYPE_CHECKING:
     from simpletuner_layerprobe.api.judgement import Judgement, TrialFacts
 
-COLUMNS = 80
 SPARED = ("parameters", "rate", "loss")
-"""Columns that are left out, in this order, as long as the table is wider."""
+"""Columns that are left out, in this order, while the table is too wide."""
 
 
-def print_trial(facts: TrialFacts, made: Judgement) -> None:
+def print_trial(facts: TrialFacts, made: Judgement, *, wide: bool = False) -> None:
     """What was trained, the table of the arms, the best first, and what it shows in words."""
     from simpletuner_layerprobe.api.judgement import rate_text, sentences
 
@@ -27,11 +26,8 @@ def print_trial(facts: TrialFacts, made: Judgement) -> None:
     columns = _columns(facts, made)
     if not any(columns["rate"][1]):
         del columns["rate"]
-    for spared in SPARED:
-        if _width(columns) > COLUMNS:
-            columns.pop(spared, None)
     rows = list(zip(*(cells for _, cells in columns.values()), strict=True))
-    print_table(list(columns), rows, "".join(side for side, _ in columns.values()))
+    print_table(list(columns), rows, "".join(side for side, _ in columns.values()), spare=SPARED, wide=wide)
     say()
     for sentence in (*sentences(made), *(rate_text(name, tried) for name, tried in facts.tuning.items())):
         if sentence:
@@ -54,10 +50,6 @@ def _columns(facts: TrialFacts, made: Judgement) -> dict[str, tuple[str, list[st
         f"against {made.reference} [95%]": (LEFT, changes),
         "verdict": (LEFT, [arm.verdict for arm in arms]),
     }
-
-
-def _width(columns: dict[str, tuple[str, list[str]]]) -> int:
-    return sum(max(map(len, (head, *cells))) + 2 for head, (_, cells) in columns.items()) - 2
 
 
 def as_json(facts: TrialFacts, made: Judgement) -> dict[str, Any]:

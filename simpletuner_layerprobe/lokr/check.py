@@ -30,8 +30,12 @@ class Row:
             return self.intended is self.got
         return self.intended.same_as(self.got)
 
+    @property
+    def difference(self) -> str:
+        return f"meant {self.intended or 'no adapter'}, gets {self.got or 'no adapter'}"
+
     def __str__(self) -> str:
-        return f"{self.name}: meant {self.intended or 'no adapter'}, gets {self.got or 'no adapter'}"
+        return f"{self.name}: {self.difference}"
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from simpletuner_layerprobe.errors import RunError
 from simpletuner_layerprobe.readings import WHOLE
 from simpletuner_layerprobe.run.article_lines import article_manifest, read_records
 from simpletuner_layerprobe.run.folder import RunPath
-from simpletuner_layerprobe.run.manifest import Manifest, read_manifest
+from simpletuner_layerprobe.run.manifest import Manifest, read_manifest, run_folder
 from simpletuner_layerprobe.run.records import read_columns
 from simpletuner_layerprobe.run.rows import FACTS, UNKNOWN, Rows, column_name
 from simpletuner_layerprobe.run.stream_file import StreamFile
@@ -124,14 +124,16 @@ class RunData:
 def load_run(path: RunPath, tokens: str = "last") -> RunData:
     """The run in a folder, or the records of an article file (.jsonl, plain, gzip or bz2; nothing is written).
 
-    tokens: the reading that an article file's distances are of, "last" or "mean".
+    path: also the output_dir that the run's folder lies in. tokens: the reading that an article file's distances are
+    of, "last" or "mean".
     Raises RunError if there is no such run, it is damaged, or a file has over 8 GiB of them.
     """
     if os.path.isfile(path):
         return load_article(path, tokens)
-    manifest = read_manifest(path)
-    files, columns = read_columns(path, manifest, ("sigma", "loss", *FACTS))
-    return RunData(Path(path), manifest, columns, files)
+    folder = run_folder(path)
+    manifest = read_manifest(folder)
+    files, columns = read_columns(folder, manifest, ("sigma", "loss", *FACTS))
+    return RunData(folder, manifest, columns, files)
 
 
 def load_article(source: RunPath, tokens: str = "last") -> RunData:

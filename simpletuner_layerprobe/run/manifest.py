@@ -33,6 +33,8 @@ from simpletuner_layerprobe.run.folder import RunPath, is_temporary, plain_file_
 
 SCHEMA = 3
 MANIFEST_NAME = "manifest.json"
+FOLDER_NAME = "layerprobe"
+"""What a run's folder is called in the output_dir of its training, unless layerprobe_dir names another."""
 SOURCES = ("probe", "import")
 
 MAX_MANIFEST_BYTES = 32 * 1024 * 1024  # SD3.5 Large's whole module table takes about 0.1 MB
@@ -311,6 +313,13 @@ def write_manifest(run_dir: RunPath, manifest: Manifest) -> None:
     if len(data) > MAX_MANIFEST_BYTES:
         raise RunError(f"the manifest for {path} takes {len(data)} bytes; at most {MAX_MANIFEST_BYTES} are read back")
     write_new_file(path, lambda file: file.write(data))
+
+
+def run_folder(path: RunPath) -> Path:
+    """The folder of a run, also by the output_dir that it lies in."""
+    folder = Path(path)
+    inner = folder / FOLDER_NAME
+    return inner if (inner / MANIFEST_NAME).is_file() and not (folder / MANIFEST_NAME).exists() else folder
 
 
 def read_manifest(run_dir: RunPath) -> Manifest:

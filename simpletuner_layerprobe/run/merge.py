@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 from simpletuner_layerprobe.errors import RunError
 from simpletuner_layerprobe.run.folder import RunPath, new_folder, plain_file_size, write_new_file
-from simpletuner_layerprobe.run.manifest import MAX_MANIFEST_BYTES, create_run, new_run_id, read_manifest
+from simpletuner_layerprobe.run.manifest import MAX_MANIFEST_BYTES, create_run, new_run_id, read_manifest, run_folder
 from simpletuner_layerprobe.run.records import stream_files
 from simpletuner_layerprobe.run.stream_file import StreamFile, file_name, new_start
 from simpletuner_layerprobe.targets import require_new_folder
@@ -42,7 +42,7 @@ def merge(run_dirs: Sequence[RunPath], out_dir: RunPath) -> list[Source]:
     (naming the differences), have no samples, or are damaged.
     """
     require_new_folder(out_dir)
-    paths = [Path(path) for path in run_dirs]
+    paths = [run_folder(path) for path in run_dirs]
     if len(paths) < 2:
         raise RunError(f"there is {len(paths)} run to merge into {out_dir}; expected at least two")
     manifests = [read_manifest(path) for path in paths]

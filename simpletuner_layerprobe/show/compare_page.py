@@ -19,7 +19,16 @@ from simpletuner_layerprobe.analyse.compare import (
 from simpletuner_layerprobe.analyse.heatmap import bin_edges
 from simpletuner_layerprobe.analyse.paired import clear, paired_text
 from simpletuner_layerprobe.analyse.sections import chance
-from simpletuner_layerprobe.show.html import MAPS, POINTING, Html, Part, cells_link, html_page, rounded, table
+from simpletuner_layerprobe.show.html import (
+    POINTING,
+    Html,
+    Part,
+    cells_link,
+    html_page,
+    map_places,
+    rounded,
+    table,
+)
 from simpletuner_layerprobe.show.words import capital, counted, model_name, samples_text, share_text
 
 if TYPE_CHECKING:
@@ -40,7 +49,7 @@ def compare_page(run_a: RunData, run_b: RunData, comparison: Comparison, decided
             "of π. Columns are blocks, rows are parts of the noise range: clean images at the bottom, pure noise at "
             "the top. A square marks a change beyond chance, after correction for all cells. Crossed rows have too few "
             f"samples in A or B. {POINTING}",
-            MAPS,
+            map_places({"maps": ""}),
         ),
         Part(
             "blocks",

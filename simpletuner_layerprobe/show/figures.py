@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 CLIP_PERCENTILE = 95
-LARGEST_FACTOR = 12
 TOKENS = {"last": "last token", "mean": "mean over tokens", "": ""}
 WHAT = {"combined": "mean of the streams", WHOLE: "whole block"}
 _EMPTY = "#d9d9d9"
@@ -187,14 +186,18 @@ def pairs_figure(
 def factor_figure(
     blocks: Sequence[str],
     factors: Sequence[int],
+    heights: Sequence[float],
     *,
+    unit: str = "trainable parameters",
     critical: Sequence[int] = (),
     repeated: Sequence[int] = (),
     model: str = "",
     file_format: str = "png",
 ) -> bytes:
-    """Figure 3: the LoKr factor of each block. `critical` and `repeated` are block numbers.
+    """Figure 3: what each block gets, a taller bar for more, and its LoKr factor above the bar.
 
+    heights, unit: the parameters of each block or, where they are not known, its contribution. `critical` and
+    `repeated` are block numbers.
     Critical blocks have their own colour; blocks that repeat their neighbour's factor,
     because a stream lacks them, are pale.
     """
@@ -212,25 +215,26 @@ def factor_figure(
         figure = panels.new_figure(width, 4.4)
         axes = figure.add_subplot()
         for colour, numbers in kinds.values():
-            heights = [factors[i] for i in sorted(numbers)]
-            bars = axes.bar(sorted(numbers), heights, width=0.82, color=colour, zorder=2)
+            own = sorted(numbers)
+            bars = axes.bar(own, [heights[i] for i in own], width=0.82, color=colour, zorder=2)
             ink = _CRITICAL_BAR if colour == _CRITICAL_BAR else panels.INK
-            axes.bar_label(bars, padding=2, fontsize=7.5, color=ink)
+            axes.bar_label(bars, [str(factors[i]) for i in own], padding=2, fontsize=7.5, color=ink)
         panels.list_boundaries(axes, blocks)
         panels.block_labels(axes, blocks, width - 1.0)
         axes.set_xlim(-0.7, L - 0.3)
-        axes.set_ylim(0, LARGEST_FACTOR * 1.09)
+        axes.set_ylim(0, 1.09 * max(*heights, 1e-6))
         axes.set_xlabel("block number")
-        axes.set_ylabel("LoKr factor")
-        axes.yaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
+        axes.set_ylabel(unit)
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=7))
+        axes.yaxis.set_major_formatter("{x:,.6g}")
         axes.grid(axis="y", color="#e4e4e4", linewidth=0.7, zorder=0)
         axes.tick_params(axis="y", length=0)
         axes.spines[["left", "right", "top"]].set_visible(False)
         entries = [Patch(facecolor=colour, label=label) for label, (colour, numbers) in kinds.items() if numbers]
         if len(entries) > 1:
             figure.legend(handles=entries, loc="outside lower center", ncols=len(entries), frameon=False, fontsize=8.5)
-        facts = ("smaller factor, more parameters", "attention gets twice the factor", model)
-        panels.head(figure, "Figure 3.  Weighted LoKr factor of each block", facts)
+        facts = ("above a bar: its factor, smaller for more parameters", "attention gets twice the factor", model)
+        panels.head(figure, "Figure 3.  What each block gets by the article's recipe", facts)
         return panels.rendered(figure, file_format)
 
 

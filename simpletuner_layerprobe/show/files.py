@@ -33,10 +33,14 @@ def reading_names(kind: str, file_format: str) -> list[str]:
 
 
 def article_files(
-    streams: Mapping[str, Heatmap], factors: Callable[[Contribution], Sequence[int]], **look: str
+    streams: Mapping[str, Heatmap],
+    factors: Callable[[Contribution], Sequence[int]],
+    parameters: Sequence[int] | None,
+    **look: str,
 ) -> tuple[dict[str, bytes], str]:
     """The article's three figures and heatmap.npz; and why a figure cannot be drawn, else "". factors: the recipe.
 
+    parameters: of each block by the recipe, None where they are not known; its contribution is drawn then.
     look: samples, model and file_format, here and below.
     """
     arrays, ending = dict(streams), look["file_format"]
@@ -51,6 +55,8 @@ def article_files(
         files[by_block] = factor_figure(
             contribution.blocks,
             factors(contribution),
+            contribution.value_L.tolist() if parameters is None else parameters,
+            unit="contribution" if parameters is None else "trainable parameters",
             critical=contribution.critical_union(),
             repeated=np.flatnonzero(~contribution.covered_L).tolist(),
             model=look["model"],

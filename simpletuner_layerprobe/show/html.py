@@ -21,14 +21,16 @@ from numpy.typing import NDArray
 from simpletuner_layerprobe import __version__
 from simpletuner_layerprobe.targets import MAKER
 
-MAPS = (
+_SCALE = (
     "<div class='controls'><fieldset><legend>Scale</legend><div class='seg'>"
     "<label><input type='radio' name='scale' value='linear'>Linear</label>"
     "<label><input type='radio' name='scale' value='clipped' checked>Clipped</label></div></fieldset></div>"
-    "<div id='maps'></div>"
+)
+_NO_SCRIPT = (
     "<noscript><p class='note'>A script in this page draws the maps; the tables below need none.</p></noscript>"
 )
-"""Where the script draws what `data["maps"]` says."""
+TALL = 100
+"""Tables of more rows scroll by themselves."""
 POINTING = "Point at a cell, or move to a map with Tab and then with the arrow keys."
 _PLACE = re.compile(r"\{\{(\w+)\}\}")
 
@@ -48,8 +50,23 @@ class Part:
     body: str
 
 
-def html_page(kicker: str, model: str, lead: str, parts: Sequence[Part], foot: str, data: Mapping[str, Any]) -> str:
-    """A whole page with the style and the script of `templates/`."""
+def map_places(places: Mapping[str, str]) -> Html:
+    """Where the script draws the maps of `data["maps"]` that are `at` these places: id -> class."""
+    return Html(
+        _SCALE + "".join(f"<div id='{name}' class='{kind}'></div>" for name, kind in places.items()) + _NO_SCRIPT
+    )
+
+
+def html_page(
+    kicker: str,
+    model: str,
+    lead: str,
+    parts: Sequence[Part],
+    foot: str,
+    data: Mapping[str, Any],
+    switch: Html | None = None,
+) -> str:
+    """A whole page with the style and the script of `templates/`. switch: a control beside the navigation."""
     nav = "".join(f"<li><a href='#{part.id}'>{escape(part.name)}</a></li>" for part in parts)
     body = "\n".join(
         f"<section class='part' id='{part.id}' aria-labelledby='h-{part.id}'><h2 id='h-{part.id}'>{escape(part.title)}"
@@ -62,6 +79,7 @@ def html_page(kicker: str, model: str, lead: str, parts: Sequence[Part], foot: s
         "model": escape(model),
         "lead": escape(lead),
         "nav": nav,
+        "switch": switch or "",
         "parts": body,
         "foot": escape(foot),
         "version": escape(__version__),
@@ -96,17 +114,18 @@ def table(label: str, heads: Mapping[str, bool], rows: Sequence[Sequence[str]], 
 
     header: the column that names the row. A cell that is Html is HTML already.
     """
-    sides = list(heads.values())
+    sides, names = list(heads.values()), [escape(name) for name in heads]
     head = "".join(f"<th scope='col'{' class=n' * side}>{escape(name)}</th>" for name, side in heads.items())
     body = []
     for row in rows:
         cells = []
         for column, (cell, side) in enumerate(zip(row, sides, strict=True)):
-            tag, scope = ("th", " scope='row'") if column == header else ("td", "")
+            tag, scope = ("th", " scope='row'") if column == header else ("td", f" data-head='{names[column]}'")
             cells.append(f"<{tag}{scope}{' class=n' * side}>{cell if isinstance(cell, Html) else escape(cell)}</{tag}>")
         body.append(f"<tr>{''.join(cells)}</tr>")
+    kind = "scroll tall" if len(rows) > TALL else "scroll"
     return (
-        f"<div class='scroll tall' tabindex='0' role='region' aria-label='{escape(label)}'><table class='rows'>"
+        f"<div class='{kind}' tabindex='0' role='region' aria-label='{escape(label)}'><table class='rows'>"
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
     )
 

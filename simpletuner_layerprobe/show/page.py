@@ -20,15 +20,17 @@ from simpletuner_layerprobe.analyse.heatmap import Heatmap, bin_edges, bin_index
 from simpletuner_layerprobe.errors import ProbeError
 from simpletuner_layerprobe.readings import all_blocks
 from simpletuner_layerprobe.show import ablation
+from simpletuner_layerprobe.show.bars import parameter_bars
 from simpletuner_layerprobe.show.blocks import BlockRow
-from simpletuner_layerprobe.show.findings import by_kind, detail, where
+from simpletuner_layerprobe.show.findings import by_kind, detail, empty, where
 from simpletuner_layerprobe.show.html import (
-    MAPS,
     POINTING,
+    Html,
     Part,
     bar,
     cells_link,
     html_page,
+    map_places,
     rounded,
     table,
 )
@@ -45,23 +47,35 @@ from simpletuner_layerprobe.show.words import (
 if TYPE_CHECKING:
     from simpletuner_layerprobe.analyse.ablation import Ablation
     from simpletuner_layerprobe.run.load import RunData
+    from simpletuner_layerprobe.show.verdict import Verdict
 
 SHOWN = 6  # findings of one kind and stream that are listed before the rest is folded away
 READINGS = {"last": "last token, as in the article", "mean": "mean over the tokens"}
+SHORT = {"last": "Last token", "mean": "Mean"}
+TITLES_OF = {"combined": "mean of the streams"}
 
 
 @dataclass(frozen=True)
 class Weights:
     """What a run would make of the model.
 
-    rows: one per block. preset: what they are made for. settled: how sure they are, in a line. commands: what to type
-    to make and use the config; "" where the modules of the model are not known.
+    rows: one per block. goal: what they are made for. settled: how sure they are, in a line. equal: the parameters
+    that each block gets from the equal plan of the same size; () where the modules of the model are not known.
     """
 
     rows: tuple[BlockRow, ...]
-    preset: str
+    goal: str
     settled: str
-    commands: str
+    equal: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class View:
+    """What is shown of one reading. weights: None where `problem` says why there are none."""
+
+    heatmaps: Mapping[str, Heatmap]
+    weights: Weights | None
+    problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -76,15 +90,17 @@ class Ablated:
 
 def page(
     run: RunData,
-    heatmaps: Mapping[str, Heatmap],
+    verdict: Verdict,
+    views: Mapping[str, View],
     sections: Sequence[Section],
-    weights: Weights | None,
-    problem: str,
     ablated: Ablated | None = None,
 ) -> str:
-    """The HTML of a run's report. weights: None where `problem` says why the run gives none. ablated: None for a run
-    that was recorded without."""
+    """The HTML of a run's report. views: by reading, the first of which is shown until another is chosen; sections and
+    verdict are of that. ablated: None for a run that was recorded without."""
+    first, *_ = views
+    heatmaps = views[first].heatmaps
     parts = (
+        Part("verdict", "Verdict", "Verdict", "", _verdict(verdict)),
         Part(
             "heatmaps",
             "Heatmaps",
@@ -92,7 +108,7 @@ def page(
             "Mean angular distance between the hidden states before and after a block, as a fraction of π. Columns are "
             "blocks, rows are parts of the noise range: clean images at the bottom, pure noise at the top. Clipped "
             f"colours end at the 90th percentile of the cells, as in the article's recipe. {POINTING}",
-            MAPS,
+            map_places({_place(name, first): f"of-{name}" for name in views}),
         ),
         *([_ablation(ablated)] if ablated else []),
         Part(
@@ -102,7 +118,7 @@ def page(
             "Numbers in brackets are 95% intervals. A run in which there is nothing to find shows any of these with a "
             f"chance of at most {ALPHA:.0%}; islands are a description and carry no such promise. A link marks the "
             "cells a finding speaks of.",
-            f"<div class='kinds'>{_findings(sections, run)}</div>",
+            _findings(sections, run),
         ),
         Part(
             "lokr",
@@ -110,7 +126,7 @@ def page(
             "Contributions and weighted LoKr",
             f"{_recipe(tuple(heatmaps))}, then stretched to 0 (least) .. 1 (most). A smaller factor gives a block more "
             "parameters. Agreement is the share of bootstrap replicates that decide the same.",
-            _lokr(weights) if weights else f"<p>{escape(capital(problem))}.</p>",
+            "".join(f"<div class='of-{name}'>{_weights(name, view)}</div>" for name, view in views.items()),
         ),
         Part(
             "coverage",
@@ -122,8 +138,38 @@ def page(
         Part("run", "Run", "The run", "", _facts(run, heatmaps)),
     )
     foot = "Angular distance says how far a block turns the hidden states, not how much a picture would miss it."
-    data = _data(heatmaps, ablated.heatmap if ablated else None)
-    return html_page("Layer probe", model_name(run.manifest) or "unknown model", _lead(run), parts, foot, data)
+    data = _data(views, ablated.heatmap if ablated else None)
+    name = model_name(run.manifest) or "unknown model"
+    return html_page("Layer probe", name, _lead(run), parts, foot, data, _switch(tuple(views)))
+
+
+def _switch(readings: Sequence[str]) -> Html:
+    """Chooses the reading that is shown; nothing where there is one."""
+    labels = [
+        f"<label><input type='radio' name='reading' value='{name}'{' checked' * (not place)}>"
+        f"{escape(SHORT.get(name, name))}</label>"
+        for place, name in enumerate(readings)
+    ]
+    shown = f"<fieldset><legend>Reading</legend><div class='seg'>{''.join(labels)}</div></fieldset>"
+    return Html(shown if len(labels) > 1 else "")
+
+
+def _verdict(verdict: Verdict) -> str:
+    lines = "".join(
+        f"<div><dt>{escape(capital(name))}</dt><dd>{escape(capital(said))}.</dd></div>"
+        for name, said in verdict.lines.items()
+    )
+    commands = "".join(
+        f"<h3>{escape(capital(name))}</h3><div class='command'><pre>{escape(command)}</pre>"
+        "<button type='button' class='copy' hidden>Copy</button></div>"
+        for name, command in verdict.commands.items()
+    )
+    return f"<dl class='verdict'>{lines}</dl>{commands}"
+
+
+def _place(reading: str, first: str) -> str:
+    """Where the maps of a reading are drawn."""
+    return "maps" if reading == first else f"maps-{reading}"
 
 
 def _ablation(ablated: Ablated) -> Part:
@@ -135,21 +181,30 @@ def _ablation(ablated: Ablated) -> Part:
     return Part("ablation", "Ablation", "Blocks left out", say if ablated.made else "", body)
 
 
-def _data(heatmaps: Mapping[str, Heatmap], loss: Heatmap | None) -> dict[str, Any]:
-    """What the script draws. loss: of the ablation, beside the first stream's once more."""
+def _data(views: Mapping[str, View], loss: Heatmap | None) -> dict[str, Any]:
+    """What the script draws. loss: of the ablation, beside the first stream of the first reading once more."""
+    first, *_ = views
+    heatmaps = views[first].heatmaps
     blocks = all_blocks([heatmap.blocks for heatmap in heatmaps.values()])
-    shown = dict(heatmaps)
-    if len(heatmaps) > 1:
-        with suppress(ProbeError):  # streams without a block in common: each has its own map
-            shown["combined"] = combined(heatmaps)
-    titles = {"combined": "mean of the streams"}
-    maps = [_map(name, titles.get(name, f"{name} stream"), heatmap, blocks) for name, heatmap in shown.items()]
+    maps = []
+    for reading, view in views.items():
+        shown = dict(view.heatmaps)
+        if len(shown) > 1:
+            with suppress(ProbeError):  # streams without a block in common: each has its own map
+                shown["combined"] = combined(shown)
+        behind, place = "" if reading == first else f"-{reading}", {"at": _place(reading, first)}
+        what = f", {READINGS[reading]}" if len(views) > 1 else ""
+        maps += [
+            _map(name + behind, TITLES_OF.get(name, f"{name} stream") + what, heatmap, blocks) | place
+            for name, heatmap in shown.items()
+        ]
     if loss is not None:
-        first = next(iter(heatmaps))
+        name = next(iter(heatmaps))
         beside = {"at": "beside"}
-        maps.append(_map(f"{first}-beside", f"angle, {first} stream", heatmaps[first], blocks) | beside)
+        maps.append(_map(f"{name}-beside", f"angle, {name} stream", heatmaps[name], blocks) | beside)
         maps.append(_map(loss.stream, "loss increase", loss, blocks) | beside | {"loss": True})
-    return {"blocks": blocks, "edges": bin_edges(next(iter(heatmaps.values())).bins).tolist(), "maps": maps}
+    edges = bin_edges(next(iter(heatmaps.values())).bins).tolist()
+    return {"blocks": blocks, "edges": edges, "reading": first, "maps": maps}
 
 
 def _map(name: str, title: str, heatmap: Heatmap, blocks: Sequence[str]) -> dict[str, Any]:
@@ -205,24 +260,38 @@ def _facts(run: RunData, heatmaps: Mapping[str, Heatmap]) -> str:
 
 
 def _findings(sections: Sequence[Section], run: RunData) -> str:
-    parts = []
+    """What shows something, a box per kind, and all else folded into one line."""
+    parts, folded = [], []
     for kind, those in by_kind(sections):
-        inner = "".join(_section(section, run) for section in those)
-        parts.append(f"<section class='kind'><h3>{escape(TITLES[kind])}</h3>{inner}</section>")
-    return "".join(parts)
+        shown = "".join(_section(section, run) for section in those if not section.empty)
+        parts += [f"<section class='kind'><h3>{escape(TITLES[kind])}</h3>{shown}</section>"] if shown else []
+        folded += [
+            f"<li>{escape(TITLES[kind] + where(section.stream))}: {escape('; '.join(_reasons(section)))}.</li>"
+            for section in those
+            if section.empty
+        ]
+    said = f"<div class='kinds'>{''.join(parts)}</div>" if parts else ""
+    if folded:
+        heads = "; ".join(empty(sections))
+        said += (
+            f"<details class='note'><summary>Nothing of: {escape(heads)}</summary><ul>{''.join(folded)}</ul></details>"
+        )
+    return said
+
+
+def _reasons(section: Section) -> tuple[str, ...]:
+    return (section.missing or "none", *section.notes)
 
 
 def _section(section: Section, run: RunData) -> str:
     head = f"<h4>{escape(where(section.stream).lstrip(', '))}</h4>" if where(section.stream) else ""
-    if section.missing:
-        return f"<div class='stream quiet'>{head}<p>{escape(capital(section.missing))}.</p></div>"
     items = [f"<li>{_finding(finding, run)}</li>" for finding in section.findings]
-    body = f"<ul>{''.join(items[:SHOWN])}</ul>" if items else f"<p>{escape(capital(section.text or 'none'))}.</p>"
+    body = f"<ul>{''.join(items[:SHOWN])}</ul>" if items else f"<p>{escape(capital(section.text))}.</p>"
     if len(items) > SHOWN:
         rest = "".join(items[SHOWN:])
         body += f"<details><summary>{len(items) - SHOWN:,} more</summary><ul>{rest}</ul></details>"
     notes = "".join(f"<p class='note'>{escape(capital(note))}.</p>" for note in section.notes)
-    return f"<div class='stream{' quiet' * (not items and not section.text)}'>{head}{body}{notes}</div>"
+    return f"<div class='stream'>{head}{body}{notes}</div>"
 
 
 def _finding(finding: Finding, run: RunData) -> str:
@@ -250,26 +319,25 @@ def _coverage(run: RunData, bins: int) -> str:
     return table("Samples by sigma", {"sigma": False, "": False, "samples": True}, rows)
 
 
-def _lokr(weights: Weights) -> str:
-    """What the plan comes to, the table of blocks, and what to type."""
+def _weights(reading: str, view: View) -> str:
+    """What the plan of a reading comes to: the bars and the table of the blocks."""
+    weights = view.weights
+    if weights is None:
+        return f"<p>{escape(capital(view.problem))}.</p>"
     names = tuple(dict.fromkeys(kind for row in weights.rows for kind in row.numbers))
     heads = {"#": True, "block": False, "contribution": True, " ": False, "95% interval": True}
     for name in names:
-        heads |= {name: True, f"agree{'' if len(names) == 1 else f' ({name})'}": True}
-    said = f"Preset {weights.preset}: {weights.settled}."
+        heads |= {name: True, "agree": True} if len(names) == 1 else {f"{name} (agree)": True}
+    said = f"{capital(READINGS.get(reading, reading))}. {capital(weights.goal)}: {weights.settled}."
     if names == ("factor",):
         said += " Feed-forward and modulation get the factor, attention twice the factor."
-    if weights.commands:
-        said = f"{sum(row.parameters or 0 for row in weights.rows):,} trainable parameters. {said}"
-        command = (
-            f"<h3>Make the config</h3><pre id='command'>{escape(weights.commands)}</pre>"
-            "<button type='button' id='copy' hidden>Copy</button>"
-        )
+    if weights.equal:
+        said += f" {sum(row.parameters or 0 for row in weights.rows):,} trainable parameters."
+        bars = parameter_bars("Parameters of each block", weights.rows, weights.equal)
     else:
-        command = "<p>The run has no module table, so parameters are not known and no config can be made.</p>"
+        bars = Html("<p>The run has no module table, so parameters are not known and no config can be made.</p>")
     rows = [_lokr_row(row, names) for row in weights.rows]
-    shown = table("LoKr table", heads | {"parameters": True, "": False}, rows, header=1)
-    return f"<p>{escape(said)}</p>{shown}{command}"
+    return f"<p>{escape(said)}</p>{bars}" + table("LoKr table", heads | {"parameters": True, "": False}, rows, header=1)
 
 
 def _lokr_row(row: BlockRow, names: Sequence[str]) -> list[str]:
@@ -278,6 +346,9 @@ def _lokr_row(row: BlockRow, names: Sequence[str]) -> list[str]:
     cells.append(bar(value, "hot" if row.critical else "" if row.measured else "pale"))
     cells.append("{:.3f} to {:.3f}".format(*row.interval) if row.interval else "")
     for name in names:
-        cells.append(str(row.numbers.get(name, "-")))
-        cells.append(share_text(row.agreement[name]) if name in row.agreement else "")
+        number, agreed = (
+            str(row.numbers.get(name, "-")),
+            share_text(row.agreement[name]) if name in row.agreement else "",
+        )
+        cells += [number, agreed] if len(names) == 1 else [f"{number} ({agreed})" if agreed else number]
     return [*cells, "unknown" if row.parameters is None else f"{row.parameters:,}", ", ".join(row.notes)]

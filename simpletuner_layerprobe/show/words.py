@@ -54,3 +54,13 @@ def share_text(share: float) -> str:
 def stream_text(stream: str) -> str:
     """Where a stream's numbers are: "in the text stream", or "of whole blocks"."""
     return "of whole blocks" if stream == WHOLE else f"in the {stream} stream"
+
+
+def size_text(size_bytes: int) -> str:
+    """A size in decimal units, as disks and model pages give it: "1.53 GB"."""
+    size = float(size_bytes)
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 999.5:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"

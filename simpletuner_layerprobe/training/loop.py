@@ -49,6 +49,26 @@ def no_backward(trainer: Any, session: Session) -> AbstractContextManager[None]:
     )
 
 
+@contextmanager
+def probe_progress(train: Callable[..., Any], session: Session) -> Iterator[None]:
+    """SimpleTuner's progress bar tells what a probe does, in place of a learning rate and a loss.
+
+    train: the Trainer's method, in whose module the bar's class is looked up.
+    """
+    names = train.__globals__
+    bar: Any = names["tqdm"]
+
+    class ProbeBar(bar):
+        def set_postfix(self, *_: Any, **__: Any) -> None:
+            super().set_postfix(session.progress)
+
+    names["tqdm"] = ProbeBar
+    try:
+        yield
+    finally:
+        names["tqdm"] = bar
+
+
 def counted_at_the_end(trainer: Any, session: Session) -> AbstractContextManager[None]:
     """Count the run's samples when the loop is over and before the ranks part: every rank has written then."""
     accelerator = trainer.accelerator

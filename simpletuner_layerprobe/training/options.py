@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from simpletuner_layerprobe.errors import ConfigError
+from simpletuner_layerprobe.run.manifest import FOLDER_NAME
 
 SIGMA_MODES = ("uniform", "stratified", "training")
 ABLATION_MODES = ("none", "blocks", "text", "both")
@@ -223,7 +224,7 @@ class ProbeSettings:
         """Read SimpleTuner's parsed options. None if the run is not a probe-only run. Raises ConfigError."""
         if not config.layerprobe:
             return None
-        directory = config.layerprobe_dir or os.path.join(config.output_dir, "layerprobe")
+        directory = config.layerprobe_dir or os.path.join(config.output_dir, FOLDER_NAME)
         stop_when_stable = _share("layerprobe_stop_when_stable", config.layerprobe_stop_when_stable)
         return cls(
             directory=os.path.expanduser(str(directory)),

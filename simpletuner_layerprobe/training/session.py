@@ -61,11 +61,14 @@ CONFIG_NAME = "config.json"
 class Watcher(Protocol):
     """Looks at the run while it is recorded, on the main process. What goes wrong with it ends no run.
 
-    wants_stop: whether the run shall end after the current step.
+    wants_stop: whether the run shall end after the current step. told: what it adds to the progress bar.
     """
 
     @property
     def wants_stop(self) -> bool: ...
+
+    @property
+    def told(self) -> Mapping[str, str]: ...
 
     def begins(self, recorded: int) -> None:
         """Recording starts; the run has `recorded` samples from before."""
@@ -168,6 +171,16 @@ class Session:
         if self.goal.samples:
             return max(max_train_steps, global_step + 2)
         return max_train_steps
+
+    @property
+    def progress(self) -> dict[str, str]:
+        """What the progress bar says: the samples so far, of all ranks, and what the watchers know."""
+        goal = self.goal
+        samples = goal.recorded + goal.kept * goal.ranks
+        told = {"samples": f"{min(samples, goal.samples)}/{goal.samples}" if goal.samples else str(samples)}
+        for watcher in self._watchers:
+            told |= watcher.told
+        return told
 
     # Recording.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import shlex
 from collections.abc import Mapping, Sequence
 
 from simpletuner_layerprobe.training.goal import Goal
@@ -63,10 +63,9 @@ class LastLine:
 
     def recorded(self, new: int, total: str, seconds: float) -> None:
         """The loop is over: `new` samples in so many seconds; `total`: those in the run, in words."""
-        figures = os.path.join(self._directory, "figures")
         self._text = (
             f"layerprobe: {new} samples in {seconds:.1f} s ({new / seconds:.2f} samples/s), {total} in the run "
-            f"{self._directory}; next: layerprobe heatmap {self._directory} --out {figures}"
+            f"{self._directory}; next: layerprobe report {shlex.quote(self._directory)}"
         )
 
     def nothing_to_do(self, goal: Goal) -> None:

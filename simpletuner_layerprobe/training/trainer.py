@@ -325,6 +325,7 @@ def train(original: Any, session: Session, self: Any) -> None:
         ),
         loop.observed(self, session),
         loop.no_backward(self, session),
+        loop.probe_progress(original, session),
         loop.counted_at_the_end(self, session),
         loop.probe_sigmas(self, session),
         loop.fixed_noise(self, session),

@@ -140,6 +140,12 @@ def flipped(data: bytes) -> bytes:
     return data[:900] + bytes([data[900] ^ 0xFF]) + data[901:]
 
 
+@pytest.fixture(autouse=True)
+def in_a_wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no line wraps."""
+    monkeypatch.setenv("COLUMNS", "1000")
+
+
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs, files of records, configs and adapters, good and bad."""
@@ -329,7 +335,7 @@ COMMANDS = (
     ("--help", 0, "commands:"),
     ("status --help", 0, "example:"),
     ("help", 2, "invalid choice: 'help'"),
-    ("status", 2, "the following arguments are required: RUN"),
+    ("status", 2, "give RUN: there is no run below the current folder"),
     ("status @run @run", 2, "unrecognized arguments"),
     ("status @run --nonsense", 2, "unrecognized arguments: --nonsense"),
     ("status @run --bins", 2, "--bins: expected one argument"),
@@ -347,7 +353,7 @@ COMMANDS = (
     ("status @escape", 0, "a\\x1b[2J\\nb\\u202e é日本: 400"),
     ("status @escape.jsonl", 0, "\\x1b[2J\\n\\u202e: 3"),
     ("status @ablated", 0, "ablation"),
-    ("status @nan", 0, "image last: 40 ... unknown: no stream"),
+    ("status @nan", 0, "image last: 40 ... no plan can be made: no stream"),
     ("status @none", 1, "no samples"),
     ("status @good.jsonl.gz", 0, "20 samples"),
     ("status @run --bins 0", 2, "is not a whole number from 1 to 1000"),
@@ -368,7 +374,7 @@ COMMANDS = (
     ("status @run --preset 400", 0, "preset 400"),
     ("status @run --preset 9999999999999999999M", 2, "the preset is"),
     ("status @run --preset 20kB", 0, "preset 20kB"),
-    ("status @bare --preset 1M", 0, "unknown: there is no module table"),
+    ("status @bare --preset 1M", 0, "no plan can be made: there is no module table"),
     # findings
     ("findings @run", 0, "400 samples of 40 images"),
     ("findings @one", 0, "not enough"),

@@ -76,7 +76,7 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Session:
     shutil.copytree(ROOT / "examples", folder / "examples", ignore=shutil.ignore_patterns("__pycache__"))
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SIMPLETUNER_")}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    environment["HF_HUB_OFFLINE"] = "1"
+    environment |= {"HF_HUB_OFFLINE": "1", "COLUMNS": "160"}  # every column of a plan
     printed: dict[str, str] = {}
     base_model: dict[str, str] = {}
     for step in STEPS:

@@ -51,7 +51,7 @@ def test_a_signal_to_simpletuner_train_ends_with_code_0_and_the_last_line(tiny, 
     last = ANSI.sub("", log.read_text(errors="replace")).rstrip().splitlines()[-1]
     total = run_of(folder).samples
     assert f"layerprobe: {total} samples in" in last and "samples/s" in last
-    assert f"{RUN}" in last and "next: layerprobe heatmap" in last
+    assert f"{RUN}" in last and "next: layerprobe report" in last
 
 
 def test_an_error_is_one_line_after_simpletuner_train_too(tiny):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,8 @@ def test_a_run_ends_when_its_factors_are_settled(simpletuner, tiny, twelve_image
     # The judgement of the same samples afterwards, give or take the last step's, says so too.
     confidence = api.load(run.path).confidence(share=SHARE)
     assert confidence.enough and confidence.agreement_K.min() > SHARE - 0.1
+    bars = re.findall(r"samples=(\d+)\S*, settled=(\d+)%", result.log)
+    assert bars and int(bars[-1][0]) <= run_of(folder).samples and "lr=" not in result.log
 
 
 def test_two_ranks_end_together_when_the_plan_for_a_budget_is_settled(simpletuner, tiny, twelve_images):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from simpletuner_layerprobe.run.load import RunData, load_run
 from simpletuner_layerprobe.run.manifest import create_run
 from simpletuner_layerprobe.run.records import RecordWriter
 from simpletuner_layerprobe.training.ablation import StepAblation
+from simpletuner_layerprobe.training.loop import probe_progress
 from simpletuner_layerprobe.training.options import ProbeSettings
 from simpletuner_layerprobe.training.session import Session
 
@@ -91,6 +92,7 @@ def test_epochs_decide_without_a_sample_count(tmp_path, monkeypatch):
 def test_a_watcher_of_the_main_process_ends_the_run_as_a_signal_does(tmp_path, monkeypatch):
     class Watcher:
         wants_stop = False
+        told = MappingProxyType({"settled": "50%"})
 
     watcher = Watcher()
     main, other = (session(tmp_path, monkeypatch, rank, 2, watchers=[watcher]) for rank in range(2))
@@ -101,6 +103,23 @@ def test_a_watcher_of_the_main_process_ends_the_run_as_a_signal_does(tmp_path, m
     assert main.agree(reached_epoch_end=False) == (False, True)
     assert main.last_step(global_step=7, max_train_steps=9) == 7
     assert not main.stop.requested  # a first Ctrl-C still ends the step instead of the process
+
+
+def test_the_progress_bar_tells_samples_and_nothing_of_it_stays_behind(tmp_path, monkeypatch):
+    said = []
+
+    class Bar:
+        def set_postfix(self, told=None, **more):
+            said.append((told, more))
+
+    names = {"tqdm": Bar, "train": None}
+    exec("def train():\n    tqdm().set_postfix(step_loss=0.5, lr=1e-4)\n    raise ZeroDivisionError", names)
+    ended = session(tmp_path, monkeypatch, samples=10, ranks=2)
+    ended.goal.keep(3)
+    ended._watchers = (SimpleNamespace(told={"settled": "50%"}),)
+    with pytest.raises(ZeroDivisionError), probe_progress(names["train"], ended):
+        names["train"]()
+    assert said == [({"samples": "6/10", "settled": "50%"}, {})] and names["tqdm"] is Bar
 
 
 def test_a_step_without_a_forward_is_said(tmp_path, monkeypatch):

@@ -14,10 +14,13 @@ from simpletuner_layerprobe.cli import main
 
 
 @pytest.fixture
-def layerprobe(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
-    """A function that runs a command line in this process."""
+def layerprobe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """A function that runs a command line in this process, in so wide a terminal that no line wraps, unless it shall
+    keep the one that it has."""
 
-    def run(*arguments: object) -> Result:
+    def run(*arguments: object, keep_columns: bool = False) -> Result:
+        if not keep_columns:
+            monkeypatch.setenv("COLUMNS", "1000")
         capsys.readouterr()
         try:
             code = main([str(argument) for argument in arguments])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -43,10 +44,14 @@ def test_every_command_has_help_with_an_example_and_few_options(layerprobe: Comm
         "doctor status heatmap findings report compare lokr trial check-config classes adapter import export merge"
     )
     listed = layerprobe("--help").out
-    for name, command in commands.choices.items():  # type: ignore[union-attr]
+    for name in commands.choices:  # type: ignore[union-attr]
         shown = layerprobe(name, "--help")
         assert shown.code == 0 and f"example:\n  layerprobe {name}" in shown.out and f"  {name} " in listed
-        assert sum(bool(action.option_strings) for action in command._actions) <= 19, name
+        options = re.findall(r"^  (?:-h, )?(--[\w-]+)(?= |$)", shown.out, re.MULTILINE)
+        assert len(options) <= 12, (name, options)
+    every = layerprobe("lokr", "--help-all").out
+    assert "--contrast F " in every and "--contrast F " not in layerprobe("lokr", "--help").out
+    assert "how the plan is made, with --help-all:\n  --critical, --per-stream," in layerprobe("lokr", "--help").out
 
 
 def test_a_reader_that_has_gone_is_no_traceback(tiny_run: Path) -> None:
@@ -100,7 +105,7 @@ def test_a_name_that_the_terminal_cannot_show_is_escaped(tmp_path: Path) -> None
         (("status", "RUN", "--bins", "0"), "--bins: '0' is not a whole number from 1 to 1000"),
         (("status", "RUN", "--preset", "much"), "--preset: the preset is 'much'; expected article"),
         (("check-config", "OUT"), "one of the arguments --run --model is required"),
-        (("status",), "the following arguments are required: RUN"),
+        (("export",), "the following arguments are required: RUN"),
     ],
 )
 def test_a_bad_option_is_one_line_that_names_it(
@@ -167,7 +172,8 @@ def test_a_run_that_is_none_is_one_line_of_every_command(
 
 def facts_of(shown: Result) -> dict[str, str]:
     assert (shown.code, shown.err) == (0, "")
-    return dict(line.split(None, 1) for line in shown.out.splitlines() if not line.startswith(" "))
+    said = shown.out.partition("\n\nVerdict\n")[0]
+    return dict(line.split(None, 1) for line in said.splitlines() if not line.startswith(" "))
 
 
 def test_status_tells_what_the_run_holds(layerprobe: Command, tmp_path: Path) -> None:
@@ -182,7 +188,9 @@ def test_status_tells_what_the_run_holds(layerprobe: Command, tmp_path: Path) ->
     assert facts["backends"] == "photos: 60"
     assert facts["non-finite"] == "none"
     assert facts["size"].endswith("in 3 stream files")
-    bars = [line.split() for line in shown.out.splitlines() if line.startswith(" ")]
+    said, _, verdict = shown.out.partition("\n\nVerdict\n")
+    assert [line.split()[0] for line in verdict.splitlines()] == ["enough", "blocks", "weighting", "now"]
+    bars = [line.split() for line in said.splitlines() if line.startswith(" ")]
     assert [bar[:3] for bar in bars[:2]] == [["0", "-", "0.1"], ["0.1", "-", "0.2"]]
     assert [bar[3] for bar in bars] == ["20", "0", "0", "30", "0", "0", "0", "0", "0", "10"]
     assert [bar[4].count("#") for bar in bars] == [27, 0, 0, 40, 0, 0, 0, 0, 0, 14]
@@ -215,8 +223,8 @@ def test_a_file_of_records_is_a_run_too(layerprobe: Command, tiny_run: Path, tmp
 @pytest.mark.parametrize("samples", [2, 60])
 def test_status_does_not_guess_from_too_few_samples(layerprobe: Command, tmp_path: Path, samples: int) -> None:
     run = write_run(tmp_path / "run", TINY, samples, images=samples, modules=sd3_modules(6)).path
-    settled = facts_of(layerprobe("status", run))["settled"]
-    assert settled.endswith("fewer than 10 samples in a sigma bin (preset article)")
+    shown = layerprobe("status", run).out
+    assert "fewer than 10 samples in a sigma bin (preset article).\n" in shown and "would settle all" not in shown
 
 
 HOSTILE = "ph\x1b[2Jo\nsettled  \u202eé日本\x9b"
@@ -291,11 +299,104 @@ def test_findings_in_words_and_as_json(layerprobe: Command, tmp_path: Path) -> N
     said = layerprobe("findings", run).out
     assert said.startswith("sd3 large, 1,000 samples of 50 images\n")
     assert "Critical blocks, image stream\n  block 35 changes the hidden states" in said
-    assert said.count("Data backend, every stream\n  all samples come from one data backend (photos)") == 1
+    assert (
+        said.count("\nnothing of  ") == 1 and "data backend (all samples come from one data backend (photos))" in said
+    )
     told = layerprobe("findings", run, "--json", "--tokens", "mean").json
     assert (told["samples"], told["images"]) == (1000, 50)
     assert [section["kind"] for section in told["sections"]][:2] == ["critical", "critical"]
     assert told["sections"][0]["findings"][0]["blocks"] == ["transformer_blocks.35"]
+
+
+def test_status_as_json_has_what_the_words_say(layerprobe: Command, tiny_run: Path) -> None:
+    told, said = layerprobe("status", tiny_run, "--json").json, layerprobe("status", tiny_run).out
+    assert (told["samples"], told["images"], sum(told["samples_by_sigma"])) == (400, 40, 400)
+    assert len(told["streams"]["image"]) == 6 and told["modules"] == len(sd3_modules(6))
+    assert all(f"{name:<12}{sentence}.\n" in said for name, sentence in told["verdict"].items())
+    assert all(f"{command}\n" in said for command in told["commands"].values()) and len(told["commands"]) == 3
+
+
+# Which run
+
+
+def test_the_folder_that_a_run_lies_in_names_it(layerprobe: Command, tiny_run: Path, tmp_path: Path) -> None:
+    for i in range(len(run_commands(tiny_run, tmp_path))):
+        command = run_commands(tiny_run, tmp_path / str(i))[i]
+        again = layerprobe(command[0], tiny_run.parent, *command[2:])
+        assert (again.code, again.err) == (0, ""), command
+    assert layerprobe("merge", tiny_run.parent, tiny_run, tmp_path / "both").code == 0
+    assert_one_line(layerprobe("status", tmp_path / "output"), 1, "output has no manifest.json")
+
+
+def test_the_newest_run_is_taken_and_said(
+    layerprobe: Command, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert layerprobe("status").out.startswith("newest run  output/probe/layerprobe\n")
+    assert layerprobe("status", "--json").json["run"] == "output/probe/layerprobe"
+    write_run(tmp_path / "other", TINY, 40)
+    for file in (tmp_path / "other").iterdir():
+        os.utime(file, (2e9, 2e9))
+    assert layerprobe("findings").out.startswith("newest run  other, of 2 below this folder\n")
+    shown = layerprobe("report")
+    assert shown.out.splitlines() == ["newest run  other, of 2 below this folder", "other/report.html"]
+    for file in tiny_run.iterdir():
+        os.utime(file, (2e9, 2e9))
+    assert_one_line(layerprobe("status"), 2, "give RUN: other and output/probe/layerprobe below", "of the same time")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    assert_one_line(layerprobe("lokr"), 2, "give RUN, or --model for a plan without a run: there is no run below")
+    monkeypatch.setattr("simpletuner_layerprobe.run.newest.MOST_FOLDERS", 2)
+    monkeypatch.chdir(tmp_path)
+    assert_one_line(layerprobe("heatmap", "--out", "x"), 1, "more than 2 folders here", "name the run")
+
+
+def test_a_mistyped_command_or_choice_is_guessed(layerprobe: Command, tiny_run: Path) -> None:
+    assert_one_line(layerprobe("staus", tiny_run), 2, "invalid choice: 'staus'; did you mean status?")
+    said = layerprobe("lokr", tiny_run, "--direction", "unifrom")
+    assert_one_line(said, 2, "'unifrom'; did you mean uniform?")
+    assert_one_line(layerprobe("xyzzy"), 2, "invalid choice: 'xyzzy' (choose from", "status")
+
+
+# Tables
+
+
+def test_tables_fit_the_terminal_and_say_what_they_leave_out(
+    layerprobe: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At 80 columns where nothing is known of a terminal; COLUMNS and --wide say otherwise."""
+    run = write_run(tmp_path / "run", SD35_LARGE, 400, modules=sd3_modules(38), images=40, seed=1).path
+    other = write_run(tmp_path / "other", SD35_LARGE, 400, modules=sd3_modules(38), images=40, seed=9).path
+    config = tmp_path / "config.json"
+    assert layerprobe("lokr", run, "--preset", "article", "--out", config).code == 0
+    tables = [
+        ("lokr", run, "--preset", "article"),
+        ("lokr", run, "--params", "3M", "--per-stream", "--freeze", "3-5"),
+        ("check-config", config, "--run", run),
+        ("classes", "--run", run),
+        ("compare", run, other),
+        ("status", run),
+        ("findings", run),
+    ]
+    for command in tables:
+        widths = {}
+        for columns in ("", "120"):
+            monkeypatch.setenv("COLUMNS", columns)
+            shown = layerprobe(*command, keep_columns=True)
+            assert shown.code == 0, shown
+            widths[columns] = widest(shown.out)
+            assert widths[columns] <= int(columns or 80), (command, columns)
+        assert widest(layerprobe(*command, "--wide", keep_columns=True).out) >= widths["120"]
+    monkeypatch.setenv("COLUMNS", "80")
+    said = layerprobe(*tables[1], keep_columns=True).out
+    assert "left out to fit (--wide shows all): agree, 95% interval" in said and "NOT settled" in said
+    assert "left out" not in layerprobe(*tables[1], "--wide", keep_columns=True).out
+
+
+def widest(text: str) -> int:
+    """The longest line but the sentences below a plan or a check, and what is to be copied or names a file."""
+    lines = text.partition("\nby       ")[0].partition("\nLyCORIS ")[0].splitlines()
+    return max(len(line) for line in lines if "layerprobe lokr" not in line and os.sep not in line)
 
 
 # import, export and merge

@@ -116,7 +116,7 @@ def test_by_ablation_it_is_what_the_plans_of_the_replicates_say(layerprobe: Comm
 def status(layerprobe: Command, path: Path, *options: str) -> str:
     shown = layerprobe("status", path, *options)
     assert (shown.code, shown.err) == (0, "")
-    (line,) = (line for line in shown.out.splitlines() if line.startswith("settled "))
+    (line,) = (line for line in shown.out.splitlines() if line.startswith("enough "))
     return line.split(None, 1)[1]
 
 
@@ -131,11 +131,13 @@ def test_status_judges_the_preset_asked_for_and_else_the_runs_own(layerprobe: Co
 
 
 def test_status_says_how_many_images_would_settle_all(layerprobe: Command, tiny_run: Path, tmp_path: Path) -> None:
-    assert re.search(r"; about \d+ times the images would settle all$", status(layerprobe, tiny_run))
+    assert re.search(r"; about \d+ times the images would settle all\.$", status(layerprobe, tiny_run))
     many = write_run(tmp_path / "long", TINY, 60_000, seed=1, modules=sd3_modules(6)).path
-    assert status(layerprobe, many).startswith("6 of 6 factors settled for these images: ")
+    assert "samples, enough: 6 of 6 factors settled for these images: " in status(layerprobe, many)
     few = write_run(tmp_path / "short", TINY, 20).path
-    assert status(layerprobe, few).startswith("0 of 6 factors settled")
+    assert "not enough for every factor: 0 of 6 factors settled" in status(layerprobe, few)
     what = manifest({"image": ("a", "b")}, readings=("mean",))
     alike = rows([i / 400 for i in range(400)], {("image", "mean"): np.full((400, 2), 0.1)})
-    assert status(layerprobe, write_rows(tmp_path / "alike", what, alike).path).startswith("2 of 2 factors settled")
+    assert status(layerprobe, write_rows(tmp_path / "alike", what, alike).path).startswith(
+        "400 samples, enough: 2 of 2"
+    )

@@ -13,6 +13,7 @@ from simpletuner_layerprobe.show.figures import factor_figure
 
 YELLOW, DARK = (253, 231, 37), (68, 1, 84)  # the two ends of viridis
 VERMILLION = (213, 94, 0)
+HEIGHTS = (100_000, 900, 2_000, 11_000, 800, 800)
 
 
 def heatmap(stream: str, L: int, T: int = 10, *, empty: tuple[int, ...] = (), lists: int = 1) -> Heatmap:
@@ -139,7 +140,7 @@ def test_model_samples_and_what_was_left_out_are_said_as_they_are() -> None:
 def test_every_size_can_be_drawn(L: int, T: int, lists: int) -> None:
     streams = {"image": heatmap("image", L, T, lists=lists), "text": heatmap("text", L, T, lists=lists)}
     assert streams_figure(streams).startswith(b"\x89PNG")
-    assert factor_figure(streams["image"].blocks, [3] * L).startswith(b"\x89PNG")
+    assert factor_figure(streams["image"].blocks, [3] * L, [90] * L).startswith(b"\x89PNG")
     nothing = of(np.zeros((T, L)), [0] * T)
     assert streams_figure({"image": nothing}).startswith(b"\x89PNG")
 
@@ -153,15 +154,28 @@ def test_block_lists_are_named_where_there_are_several() -> None:
 def test_figure_3_shows_every_factor_and_marks_critical_and_repeated_blocks() -> None:
     blocks = [f"transformer_blocks.{i}" for i in range(6)]
     svg = factor_figure(
-        blocks, [1, 11, 7, 3, 12, 12], critical=(0,), repeated=(5,), model="sd3 tiny", file_format="svg"
+        blocks, [1, 11, 7, 3, 12, 12], HEIGHTS, critical=(0,), repeated=(5,), model="sd3 tiny", file_format="svg"
     )
     found = words(svg)
-    assert {"11", "7", "3", "12", "LoKr factor", "critical: 1", "repeats the nearest block"} <= found
-    assert "smaller factor, more parameters   ·   attention gets twice the factor   ·   sd3 tiny" in found
-    image = pixels(factor_figure(blocks, [1, 11, 7, 3, 12, 12], critical=(0,), repeated=(5,)))
+    assert {
+        "11",
+        "7",
+        "3",
+        "12",
+        "trainable parameters",
+        "100,000",
+        "critical: 1",
+        "repeats the nearest block",
+    } <= found
+    assert (
+        "above a bar: its factor, smaller for more parameters   ·   attention gets twice the factor   ·   sd3 tiny"
+        in found
+    )
+    image = pixels(factor_figure(blocks, [1, 11, 7, 3, 12, 12], HEIGHTS, critical=(0,), repeated=(5,)))
     half = image[: int(image.shape[0] * 0.85)]
-    assert where(half, VERMILLION)[1].max() < image.shape[1] * 0.25
-    plain = words(factor_figure(blocks, [5] * 6, file_format="svg"))
+    assert where(half, VERMILLION)[1].max() < image.shape[1] * 0.3
+    assert len(set(where(half, VERMILLION)[0])) > 0.6 * half.shape[0]  # the smallest factor has the tallest bar
+    plain = words(factor_figure(blocks, [5] * 6, [0.5] * 6, unit="contribution", file_format="svg"))
     assert "critical: 1" not in plain and "repeats the nearest block" not in plain
 
 

@@ -46,7 +46,7 @@ KNOWS: dict[str, set[str]] = {
     "cli": {"errors", "printable", "commands"},
     "": {"api", "errors"},  # __init__.py: the names of the API, on demand
 }
-WORDS = (f"{NAME}.lokr.amounts.", f"{NAME}.show.words.", f"{NAME}.show.findings.")
+WORDS = (f"{NAME}.lokr.amounts.", f"{NAME}.show.words.", f"{NAME}.show.findings.", f"{NAME}.show.verdict.")
 # Which foreign packages a part may import anywhere in it, beside the standard library.
 FOREIGN: dict[str, set[str]] = {
     "counts": set(),

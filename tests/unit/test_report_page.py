@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -9,10 +10,11 @@ import chromium
 import numpy as np
 import pytest
 from kept_files import artefact
-from synthetic_run import SD35_LARGE, manifest, rows, sd3_modules, write_rows, write_run
+from synthetic_run import FLUX_DEV, SD35_LARGE, manifest, rows, sd3_modules, write_rows, write_run
 
 from simpletuner_layerprobe import Run, load
 from simpletuner_layerprobe.api.pages import report
+from simpletuner_layerprobe.run.manifest import Target
 
 NASTY = "</script><script>alert(1)</script><img src=x onerror=alert(1)>&'\"{{data}}"
 needs_browser = pytest.mark.skipif(chromium.found() is None, reason="no Chromium on PATH (apt-get install chromium)")
@@ -56,13 +58,15 @@ def text(large: Run) -> str:
 def test_the_numbers_in_the_page_are_those_of_the_api(large: Run, text: str) -> None:
     told = data(text)
     maps = {one["id"]: one for one in told["maps"]}  # type: ignore[attr-defined]
-    assert set(maps) == {"image", "text", "combined"}
-    for name, heatmap in large.heatmaps().items():
-        np.testing.assert_allclose(maps[name]["mean"], heatmap.values_TL, rtol=1e-4)
-        np.testing.assert_allclose(maps[name]["error"], heatmap.standard_errors_TL, rtol=1e-4)
-        assert maps[name]["count"] == heatmap.counts_T.tolist()
+    assert set(maps) == {f"{name}{behind}" for name in ("image", "text", "combined") for behind in ("", "-mean")}
+    for reading, behind in (("last", ""), ("mean", "-mean")):
+        for name, heatmap in large.heatmaps(reading).items():
+            np.testing.assert_allclose(maps[name + behind]["mean"], heatmap.values_TL, rtol=1e-4)
+            np.testing.assert_allclose(maps[name + behind]["error"], heatmap.standard_errors_TL, rtol=1e-4)
+            assert maps[name + behind]["count"] == heatmap.counts_T.tolist()
     contributions, sure = large.contributions(), large.contributions().confidence
-    rows = re.findall(r"<th scope='row'>(transformer_blocks\.\d+)</th>(.*?)</tr>", text)
+    shown = text.partition("<div class='of-last'><p>")[2].partition("<div class='of-mean'>")[0]
+    rows = re.findall(r"<th scope='row'>(transformer_blocks\.\d+)</th>(.*?)</tr>", shown)
     assert [block for block, _ in rows] == list(contributions.blocks)
     for i, (_, cells) in enumerate(rows):
         assert f">{contributions.values[i]:.3f}<" in cells
@@ -77,10 +81,10 @@ def test_the_numbers_in_the_page_are_those_of_the_api(large: Run, text: str) -> 
 def test_a_plan_for_a_budget_has_its_own_columns(large: Run) -> None:
     text = report(large, preset="2M")
     for kind in ("feed-forward", "attention", "modulation"):
-        assert f">{kind}</th>" in text and f">agree ({kind})</th>" in text
-    total = re.search(r"<p>([\d,]+) trainable parameters", text)
+        assert f">{kind} (agree)</th>" in text
+    total = re.search(r" ([\d,]+) trainable parameters", text)
     assert total and 1_990_000 < int(total[1].replace(",", "")) <= 2_000_000
-    assert "--params 2M" in text and "attention twice" not in text
+    assert "--params 2000000 " in text and "attention twice" not in text
 
 
 def test_nothing_in_the_page_asks_a_network(text: str) -> None:
@@ -140,26 +144,27 @@ def test_the_page_names_the_weights_that_were_used(streams: tuple[str, ...], sai
 
 
 def test_a_command_stands_only_where_it_would_work(tmp_path: Path, text: str) -> None:
-    assert "--preset article --out lycoris_config.json" in text
+    for name, direction in (("equal", "uniform"), ("weighted", "more-change-more-capacity")):
+        assert re.search(rf"--params \d+ --direction {direction} --tokens last --out {name}.json</pre>", text)
     blocks = {"image": tuple(f"transformer_blocks.{i}" for i in range(6))}
     without = report(load(write_run(tmp_path / "without", blocks, 50).path))
-    assert "The run has no module table" in without and 'id="command"' not in without
-    assert without.count(">unknown</td>") == 6
+    assert "The run has no module table" in without and "class='command'" not in without
+    assert without.count(">unknown</td>") == 2 * 6
     known = write_run(tmp_path / "known", blocks, 50, modules=sd3_modules(6)).path
     (known / "config.json").write_text("{}")
-    assert "--env weighted\nsimpletuner train env=weighted" in report(load(known))
-    assert "--tokens mean" in report(load(known), "mean")
+    assert "--direction more-change-less-capacity --tokens last --env reversed</pre>" in report(load(known))
+    assert "more-capacity --env weighted</pre>" in report(load(known), "mean")
 
 
 def test_a_run_of_one_or_two_samples_still_gives_a_page(tmp_path: Path) -> None:
     write_run(tmp_path / "one", SD35_LARGE, 1, files=1)
     text = report(load(tmp_path / "one"))
     assert "of the image and text streams, seen in 1 sample." in text
-    assert text.count("<h4>every stream</h4>") >= 5
+    assert text.count("<summary>Nothing of: ") == 1 and text.count(", every stream: ") >= 5
     what = manifest({"image": ("b.0", "b.1")}, readings=("last",))
     write_rows(tmp_path / "two", what, rows([0.5, 0.6], {("image", "last"): np.full((2, 2), 0.1, np.float32)}))
     text = report(load(tmp_path / "two"))
-    assert "Not enough samples" in text and "same contribution" in text and 'id="command"' not in text
+    assert "not enough samples" in text and "same contribution" in text and "class='command'" not in text
 
 
 # In the browser
@@ -251,7 +256,7 @@ def test_the_page_prints_with_everything_open_and_nothing_cut_off(tab: chromium.
 def test_every_control_is_reached_by_tab_and_shows_its_focus(tab: chromium.Page, file: Path) -> None:
     tab.open(file)
     reached = []
-    for _ in range(16):
+    for _ in range(20):
         tab.press("Tab")
         outline = "getComputedStyle(e.closest('label') || e).outlineStyle"
         reached.append(
@@ -259,6 +264,7 @@ def test_every_control_is_reached_by_tab_and_shows_its_focus(tab: chromium.Page,
         )
     assert "scale" in [name for _, name, _ in reached]
     canvases = [outline for tag, _, outline in reached if tag == "CANVAS"]
+    assert "reading" in [name for _, name, _ in reached]
     assert len(canvases) == 3 and all(outline != "none" for _, _, outline in reached), reached
     assert_clean(tab)
 
@@ -271,4 +277,50 @@ def test_a_thousand_blocks_stay_usable(tab: chromium.Page, tmp_path: Path) -> No
     tab.open(path, width=380)
     assert tab.value("document.documentElement.scrollWidth") <= 380
     assert tab.value("document.querySelector('#map-image canvas[tabindex]').clientWidth / 1000") >= 4
+    assert_clean(tab)
+
+
+@needs_browser
+def test_the_other_reading_is_a_click_away_and_a_link_comes_back(tab: chromium.Page, file: Path, large: Run) -> None:
+    tab.open(file)
+    shown = "[...document.querySelectorAll('.of-last, .of-mean')].filter(e => e.offsetHeight).map(e => e.className)"
+    assert set(tab.value(shown)) == {"of-last"}
+    tab.value("document.querySelector('input[name=reading][value=mean]').click()")
+    assert set(tab.value(shown)) == {"of-mean"}
+    said = pointed_at(tab, "image-mean", 5)
+    assert f"mean {large.heatmap('image', 'mean').values_TL[9, 5]:.3g}" in said
+    tab.value("document.querySelector('a[data-map=text][data-first=\"31\"]').click()")
+    assert set(tab.value(shown)) == {"of-last"}
+    assert tab.value("document.activeElement.closest('figure').id") == "map-text"
+    assert_clean(tab)
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [1280, 380])
+def test_nothing_is_cut_and_all_blocks_of_flux_are_there(tab: chromium.Page, tmp_path: Path, width: int) -> None:
+    modules = sd3_modules(57)
+    renamed = [
+        replace(module, name=module.name.replace(f"transformer_blocks.{i}.", f"single_transformer_blocks.{i - 19}."))
+        for module in modules
+        for i in range(19, 57)
+        if module.name.startswith(f"transformer_blocks.{i}.")
+    ]
+    kept = [
+        module for module in modules if module.name.startswith(tuple(f"transformer_blocks.{i}." for i in range(19)))
+    ]
+    targets = tuple(
+        Target(f"{name}.*", ("ff*", "norm*"), ("*",)) for name in ("transformer_blocks", "single_transformer_blocks")
+    )
+    write_run(tmp_path / "run", FLUX_DEV, 600, modules=[*kept, *renamed], images=60, targets=targets)
+    path = tmp_path / "report.html"
+    path.write_text(report(load(tmp_path / "run")))
+    tab.open(path, width=width)
+    assert tab.value("document.documentElement.scrollWidth") <= width
+    cut = "e.scrollWidth > e.clientWidth + 1 && getComputedStyle(e).overflowX != 'visible'"
+    cut += " || e.scrollHeight > e.clientHeight + 1 && getComputedStyle(e).overflowY == 'auto'"
+    assert tab.value(f"[...document.querySelectorAll('main *:not(.said), nav *')].filter(e => {cut}).length") == 0
+    assert tab.value("document.querySelectorAll('.of-last .bars > div').length") == 57
+    assert tab.value("[...document.querySelectorAll('.of-last tbody tr')].filter(e => e.offsetHeight > 9).length") == 57
+    right = tab.value("document.querySelector('.of-last .bars > div:last-child').getBoundingClientRect().right")
+    assert right <= width and tab.picture(artefact(f"report-flux-{width}.png")).stat().st_size > 20_000
     assert_clean(tab)

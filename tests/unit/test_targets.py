@@ -206,7 +206,7 @@ def test_a_foreign_file_is_written_by_force_alone(
     if command == "trial report --out":  # nothing is trained here
         monkeypatch.setattr("simpletuner_layerprobe.trial.report.judged", lambda trial: (None, Seeds))
         monkeypatch.setattr("simpletuner_layerprobe.trial.report.trial_page", lambda *facts: "page")
-        monkeypatch.setattr("simpletuner_layerprobe.commands.trial.print_trial", lambda *facts: None)
+        monkeypatch.setattr("simpletuner_layerprobe.commands.trial.print_trial", lambda *_, **__: None)
     mine = tmp_path / f"mine{ending}"
     mine.write_text("mine")
     assert layerprobe(*arguments(world, mine), "--force").code == 0

@@ -147,12 +147,14 @@ const view = views.find(v => v.map.id === link.dataset.map); if (!view) return;
 event.preventDefault();
 const d = link.dataset, from = data.edges.findIndex((e, i) => i === T - 1 || data.edges[i + 1] > +d.low + 1e-9);
 let to = T - 1; while (to > from && data.edges[to] >= +d.high - 1e-9) to--;
+const own = document.querySelector(`input[name=reading][value="${data.reading}"]`); if (own) own.checked = true;
 views.forEach(v => {v.marks = null;});
 view.marks = [+d.first, +d.last, from, to];
 drawAll();
 const x = (+d.first + .5) * view.canvas.clientWidth / L;
 view.wide.scrollLeft = x - view.wide.clientWidth / 2;
 view.figure.scrollIntoView({block: "center"}); view.canvas.focus({preventScroll: true});}));
-const copy = document.getElementById("copy");
-if (copy && navigator.clipboard) {copy.hidden = false; copy.addEventListener("click", async () => {try {await navigator.clipboard.writeText(document.getElementById("command").textContent); copy.textContent = "Copied";} catch {copy.textContent = "Select the text to copy it";}});}
+if (navigator.clipboard) document.querySelectorAll("button.copy").forEach(copy => {
+copy.hidden = false;
+copy.addEventListener("click", async () => {try {await navigator.clipboard.writeText(copy.previousElementSibling.textContent); copy.textContent = "Copied";} catch {copy.textContent = "Select the text to copy it";}});});
 })();

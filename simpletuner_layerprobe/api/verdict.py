@@ -1,0 +1,76 @@
+"""The verdict of a run: five lines and three commands, put together from what the other parts of the API say."""
+
+from __future__ import annotations
+
+import shlex
+from typing import TYPE_CHECKING, Any
+
+from simpletuner_layerprobe.api.options import EQUAL, WEIGHED, PlanOptions
+from simpletuner_layerprobe.api.plans import plan
+from simpletuner_layerprobe.errors import ProbeError
+from simpletuner_layerprobe.lokr.amounts import ARTICLE, BF16_BYTES
+
+if TYPE_CHECKING:
+    from simpletuner_layerprobe.api.run import Run
+    from simpletuner_layerprobe.show.verdict import Verdict
+
+LESS = "more-change-less-capacity"
+PLANS = {"equal": EQUAL, "weighted": WEIGHED, "reversed": LESS}
+
+
+def judged_for(run: Run, preset: str | None = None) -> tuple[PlanOptions, str]:
+    """What the plans of a run are judged for, as options and in words.
+
+    The preset that was asked for, or an amount that the run itself names; else the size of what its own config trains,
+    and where that is not known the article's recipe.
+    """
+    named = preset or (run.preset if run.preset != ARTICLE else None)
+    own = run.own.known_parameters if run.manifest.modules and named is None else None
+    if own is not None:
+        return {"params": own}, "a plan of your config's size"
+    return {"preset": named or ARTICLE}, f"preset {named or ARTICLE}"
+
+
+def verdict(run: Run, reading: str | None = None, preset: str | None = None) -> Verdict:
+    """What a run comes to. preset: what its factors are judged for, see `judged_for`.
+
+    Where something cannot be said, its line says why.
+    """
+    from simpletuner_layerprobe.show import verdict as words
+
+    goal, name = judged_for(run, preset)
+    reading = run.plan_reading(reading, **goal)
+    options: Any = {"reading": reading, "direction": WEIGHED, **goal}
+    try:
+        sure = run.confidence(**options)
+        times = None if sure.settled else run.times_to_settle(**options)
+    except ProbeError as error:
+        return words.Verdict({"enough": f"{run.counted}; no plan can be made: {error}", "now": words.NOW}, {})
+    lines, commands = {"enough": words.enough_line(run.counted, sure, name, times)}, {}
+    try:
+        contribution = run.plan_contribution(reading, **goal)
+        lines["blocks"] = words.blocks_line(sure, contribution.value_L, contribution.covered_L)
+        made = plan(run, **options)
+        size = made.budget or made.parameters
+        lines["capacity"] = words.capacity_line(size, run.own.known_parameters, _article_size(run), BF16_BYTES)
+        differing = run.differing(reading=reading, params=size)
+        lines["weighting"] = words.weighting_line(differing, len(contribution.blocks), sure.enough)
+        commands = {name: _command(run, reading, size, name) for name in PLANS}
+    except ProbeError as error:
+        lines["weighting"] = f"no plan can be made: {error}"
+    return words.Verdict({**lines, "now": words.NOW}, commands)
+
+
+def _article_size(run: Run) -> int:
+    return plan(run, preset=ARTICLE).parameters
+
+
+def _command(run: Run, reading: str, size: int, name: str) -> str:
+    """What to type to make the config; without the probe run's own options there is no environment."""
+    from simpletuner_layerprobe.training.environment import OPTIONS_NAME
+
+    line = f"layerprobe lokr {shlex.quote(str(run.path))} --params {size} --direction {PLANS[name]}"
+    if reading != run.plan_reading(None, params=size):
+        line += f" --tokens {reading}"
+    follow_up = (run.path / OPTIONS_NAME).exists()
+    return f"{line} --env {name}" if follow_up else f"{line} --out {name}.json"

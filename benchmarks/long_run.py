@@ -66,7 +66,7 @@ def steps(folder: Path, count: int, flush_seconds: float) -> dict[str, Any]:
     states = []
     torch.set_num_threads(1)
     tiny = subject("sd3-tiny", 1, "cpu", torch.float32)
-    session = Session(ProbeSettings(directory=str(folder / "run"), flush_seconds=flush_seconds), {})
+    session = Session(ProbeSettings(directory=str(folder / "run"), samples=0, flush_seconds=flush_seconds), {})
     session.family = tiny.entry
     log = io.StringIO()
     model = SimpleNamespace(get_prediction_target=lambda batch: batch["latents"])

@@ -135,6 +135,8 @@ rows are what others do, and the floor is the least that any distance of all tok
     sections = [
         ("steps-cuda", "A step on a GPU", lambda result: steps(result, "device")),
         ("steps-cpu", "A step on a CPU", lambda result: steps(result, "cpu")),
+        ("loop-cuda", "In SimpleTuner's loop, on a GPU", loop),
+        ("loop-cpu", "In SimpleTuner's loop, on a CPU", loop),
         ("analysis", "From records to factors", analysis),
         ("startup", "Start-up", startup),
     ]
@@ -153,6 +155,18 @@ is known: on an H200 the real `simpletuner train` probed SD3.5 Large at 1024 px,
 after a start of some ten seconds, in 17.3 GB."""
     )
     return "\n\n".join(parts) + "\n"
+
+
+def loop(result: dict[str, Any]) -> str:
+    rows = [[part, f"{found['step_ms']:.2f}", f"{found['first_ms']:.0f}"] for part, found in result["parts"].items()]
+    return f"""{about(result["machine"])} {result["model"].capitalize()}, {result["steps"]} steps.
+
+{table(["part", "ms a step, on the host", "ms in the first steps"], rows)}
+
+The probe takes {result["plugin_share"]:.1%} of a step of {result["step_ms"]:.1f} ms, and
+{result["plugin_start_seconds"]:.2f} s of the start. The larger the model, the smaller its part. What a user can do
+about the rest: a larger `train_batch_size` (one pass of the loop for more samples) and `dataloader_prefetch` (the next
+batch is read during the forward)."""
 
 
 def bases(result: dict[str, Any]) -> str:

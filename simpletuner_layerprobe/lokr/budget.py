@@ -173,7 +173,8 @@ class Budget:
         within = abs(reached - self.parameters) <= self.parameters * TOLERANCE
         where = f"reached within {TOLERANCE:.1%}" if within else f"no plan of this kind is within {TOLERANCE:.1%}"
         more = f"more than {math.ceil(allotment.slack * 1e4) / 1e4:.2%}" if allotment.slack else "any"
-        text = f"{where}; none there has a mean capacity (weighted by contribution) {more} larger"
+        weighing = "" if self._direction == UNIFORM else " (weighted by contribution)"
+        text = f"{where}; none there has a mean capacity{weighing} {more} larger"
         if allotment.differing:
             text += (
                 f"; {len(allotment.differing)} of {len(self.groups)} differ from those that replicates are judged by"

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -76,6 +77,19 @@ def test_the_pages_are_made_from_the_results(tmp_path: Path) -> None:
     run("tables.py", "--out", tmp_path)
     for name in ("costs.md", "bases.md"):
         assert (tmp_path / name).read_text() == (ROOT / "docs" / name).read_text()
+
+
+def test_the_parts_of_a_step_add_up(simpletuner: object, tiny_sd3: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    loop = importlib.import_module("loop")
+    folder = Path(shutil.copytree(tiny_sd3, tmp_path / "tiny"))
+    found = loop.measured(simpletuner, folder, "tiny-probe", 8, "cpu", tmp_path)
+    assert found["steps"] == 8 and set(found["parts"]) > {loop.FORWARD, *loop.PLUGIN, *loop.SIMPLETUNER}
+    assert all(times["step_ms"] >= 0 for times in found["parts"].values())
+    assert sum(times["step_ms"] for times in found["parts"].values()) == pytest.approx(found["step_ms"], rel=0.01)
+    seen = ("the probe: hooks and distances in the forward", "the probe: before and after a step", loop.FORWARD)
+    assert all(found["parts"][part]["step_ms"] > 0 for part in seen)
+    assert not (folder / loop.TIMES).exists()
 
 
 def test_a_quantised_base_is_exact_and_one_that_cannot_start_says_why(

@@ -71,7 +71,7 @@ def test_two_ranks_then_one_then_three(simpletuner, tiny):
         assert samples_per_rank(run) == expected and run.samples == total
         assert before.items() <= contents(run).items()
         assert f"layerprobe: {sum(new.values())} samples in" in results[0].line("layerprobe: ")
-        assert f"{total} in the run" in results[0].line("layerprobe: ")
+        assert f", {total} samples of {run.images} images in the run" in results[0].line("layerprobe: ")
     assert len(np.unique(run.sigma)) == 30
     for rank, count in expected.items():
         tenths = (10 * run.sigma[of_rank(run, rank)]).astype(int)

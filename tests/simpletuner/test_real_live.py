@@ -50,11 +50,12 @@ def test_tensorboard_gets_the_numbers_and_the_heatmaps(simpletuner, tiny):
     settled = [one.value for one in found.Scalars("layerprobe/settled")]
     assert settled[0] == 0 and 0 <= settled[-1] <= 1 and (settled[-1] == 1 or total == 120)
 
-    for stream, heatmap in api.load(run.path).heatmaps().items():
+    loaded = api.load(run.path)
+    for stream, heatmap in loaded.heatmaps().items():
         images = found.Images(f"layerprobe/heatmap_{stream}")
         assert 2 <= len(images) < len(samples)
         picture = np.asarray(Image.open(io.BytesIO(images[-1].encoded_image_string)).convert("RGB"))
-        title = f"{stream} stream, last token, {total} samples"
+        title = f"{stream} stream, last token, {loaded.counted}"
         np.testing.assert_array_equal(picture, live_image(title, heatmap.values_TL, heatmap.counts_T))
 
     # SimpleTuner's own metrics have the numbers too.
@@ -81,8 +82,9 @@ def test_wandb_offline_gets_them_too(simpletuner, tiny):
     (record,) = folder.glob("wandb/offline-run-*/run-*.wandb")
     for name in ("samples", "samples_per_second", "sigma_coverage"):
         assert f"layerprobe/{name}".encode() in record.read_bytes()
-    for stream, heatmap in api.load(run_of(folder).path).heatmaps().items():
+    loaded = api.load(run_of(folder).path)
+    for stream, heatmap in loaded.heatmaps().items():
         paths = list(record.parent.glob(f"files/media/images/layerprobe/heatmap_{stream}_*.png"))
-        title = f"{stream} stream, last token, 6 samples"
+        title = f"{stream} stream, last token, {loaded.counted}"
         last = live_image(title, heatmap.values_TL, heatmap.counts_T)
         assert any(np.array_equal(np.asarray(Image.open(path).convert("RGB")), last) for path in paths)

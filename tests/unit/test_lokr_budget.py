@@ -234,6 +234,8 @@ def test_the_bound_in_words():
     for slack, said in ((0.00012, "more than 0.02%"), (0.0123, "more than 1.23%"), (0.0, "any")):
         text = budget.bound(Allotment((), slack), 399_900_000)
         assert text == f"reached within 0.1%; none there has a mean capacity (weighted by contribution) {said} larger"
+    equal = Budget(LARGE, 400_000_000, direction="uniform").bound(Allotment((), 0.0), 399_900_000)
+    assert equal == "reached within 0.1%; none there has a mean capacity any larger"
     text = budget.bound(Allotment((), 0.0, (3, 4)), 399_900_000)
     assert text.endswith("any larger; 2 of 114 differ from those that replicates are judged by")
     assert budget.bound(Allotment((), 0.0), 300_000_000).startswith("no plan of this kind is within 0.1%; none there")

@@ -18,6 +18,7 @@ PACKAGES = ("torch", "diffusers", "simpletuner", "numpy", "safetensors", "lycori
 # Ways that the limits are about.
 PROBE = "probe, both readings"
 CHECKPOINTED = "training step, gradient checkpointing"
+ABLATED = "probe, and every block left out"
 
 Times = dict[str, float]
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from denoisers import SHAPES, Subject, subject
-from measure import PROBE, RESULTS, Times, machine, paired, save, timed
+from measure import ABLATED, PROBE, RESULTS, Times, machine, paired, save, timed
 from torch.utils._python_dispatch import TorchDispatchMode
 from ways import Step, Way, bare, ways
 
@@ -143,8 +143,8 @@ def measure_model(
     if isinstance(device, Cuda):
         result["bare"]["allocated_bytes"] = torch.cuda.max_memory_allocated()
     for label, way in ways(target).items():
-        slow = "training" in label
-        if slow and not training:
+        slow = "training" in label or label == ABLATED
+        if "training" in label and not training:
             continue
         try:
             found = measure(device, way, target, max(3, pairs // 4) if slow else pairs)
@@ -155,9 +155,11 @@ def measure_model(
             found["syncs"] -= base["syncs"]
             clock = "device" if isinstance(device, Cuda) else "cpu"
             print(f"{name}, batch {batch}, {label}: {found[clock]['ratio']} of the bare forward", flush=True)
+            seconds = found["device" if isinstance(device, Cuda) else "wall"]["seconds"]
             if label == PROBE:
-                seconds = found["device" if isinstance(device, Cuda) else "wall"]["seconds"]
                 result["samples_per_second"] = round(batch / seconds, 3)
+            if label == ABLATED:
+                result["ablated_samples_per_second"] = round(batch / seconds, 4)
         result["ways"][label] = found
         keep(result)
         gc.collect()

@@ -44,9 +44,11 @@ def users_words(run: dict[str, Any]) -> str:
     speed = f"{rate:.1f} samples a second" if rate >= 1 else f"{1 / rate:.1f} s a sample"
     allocated = run["bare"].get("allocated_bytes")
     memory = f", {allocated / 1e9:.1f} GB" if allocated else ""
+    ablated = run.get("ablated_samples_per_second")
+    left_out = f"; with every block left out 200 samples in {200 / ablated / 60:.1f} minutes" if ablated else ""
     return (
-        f"**{run['model']}**, batch {run['batch']}: {speed}{memory}, 2,000 samples in {2000 / rate / 60:.1f} minutes "
-        "(the forward with the probe; SimpleTuner's loop comes on top)."
+        f"**{run['model']}**, batch {run['batch']}: {speed}{memory}, 2,000 samples in {2000 / rate / 60:.1f} minutes"
+        f"{left_out} (the forward with the probe; SimpleTuner's loop comes on top)."
     )
 
 

@@ -11,11 +11,12 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from denoisers import Subject
-from measure import CHECKPOINTED, PROBE
+from measure import ABLATED, CHECKPOINTED, PROBE
 from torch.nn import functional as F
 
 from simpletuner_layerprobe.probe import distances
@@ -23,6 +24,7 @@ from simpletuner_layerprobe.probe.blocks import Block, find_blocks
 from simpletuner_layerprobe.probe.observer import Observer
 from simpletuner_layerprobe.probe.rows import RowBuffer
 from simpletuner_layerprobe.readings import TOKENS, parse_reading
+from simpletuner_layerprobe.training.ablation import StepAblation
 
 Step = Callable[[], object]
 Way = Callable[[Subject], Any]  # a context manager that gives the step
@@ -70,6 +72,28 @@ class Probe:
         with self.observer:
             yield step
         self.buffer.take()
+
+
+class Ablated(Probe):
+    """A step in which every block is left out once, as `layerprobe_ablation: blocks` has it for some of the samples.
+
+    What ran before the block that is left out is kept, and not run again.
+    """
+
+    @contextmanager
+    def __call__(self, subject: Subject) -> Iterator[Step]:
+        device = subject.batch["latents"].device
+        model = SimpleNamespace(get_prediction_target=lambda batch: subject.inputs["hidden_states"])
+        ablation = StepAblation(self.observer, "blocks", device)
+
+        @torch.no_grad()
+        def step() -> None:
+            self.observer.begin(subject.batch)
+            batch = dict(subject.batch)
+            ablation.run(model, batch, lambda _: {"model_prediction": subject.forward()}, self.observer.finish)
+
+        with self.observer:
+            yield step
 
 
 def without_kernel(way: Way) -> Way:
@@ -254,6 +278,7 @@ def probes(subject: Subject) -> dict[str, Way]:
         "probe, and pairs of 2 blocks": Probe(subject, pairs=2),
         "probe, and pairs of 2 to 4 blocks": Probe(subject, pairs=4),
         "probe, and residual readings": Probe(subject, residual=True),
+        ABLATED: Ablated(subject),
     }
 
 

@@ -1,4 +1,4 @@
-"""Whole command lines in their own processes: signals through `simpletuner train`, several ranks, WebUI jobs."""
+"""Whole command lines in their own processes: signals through `simpletuner train`, errors, WebUI jobs."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from real import ANSI
-from test_real_run import RUN, of_rank, run_of, samples_per_rank, wait_for_batches
+from test_real_run import RUN, run_of, wait_for_batches
 
 from simpletuner_layerprobe.training.options import OPTIONS
 
@@ -62,28 +61,6 @@ def test_an_error_is_one_line_after_simpletuner_train_too(tiny):
     assert done.returncode == 1
     assert "layerprobe: error: layerprobe_sigmas is 'even'" in done.stderr
     assert "Traceback" not in done.stdout + done.stderr
-
-
-def test_two_ranks(tiny):
-    import importlib.util
-
-    package = importlib.util.find_spec("simpletuner")
-    assert package is not None and package.origin is not None
-    folder = tiny(layerprobe_samples=21, layerprobe_sigmas="stratified", train_batch_size=2, num_train_epochs=1)
-    done = subprocess.run(
-        ["torchrun", "--nproc_per_node=2", str(Path(package.origin).parent / "train.py")],
-        cwd=folder,
-        env=ENVIRONMENT | {"ENV": "tiny-probe", "ACCELERATE_USE_CPU": "1", "ACCELERATE_MIXED_PRECISION": "bf16"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    run = run_of(folder)
-    assert samples_per_rank(run) == {0: 11, 1: 10}
-    for rank in (0, 1):  # the first ten of each rank fill the ten tenths
-        assert sorted((run.sigma[of_rank(run, rank)[:10]] * 10).astype(int)) == list(range(10))
-    assert len(np.unique(run.sigma)) == 21
-    assert done.stdout.count("layerprobe: 21 samples in") == 1
 
 
 def test_a_job_of_the_webui(simpletuner, tiny):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from simpletuner_layerprobe.commands.output import LEFT, RIGHT, print_table, say
+from simpletuner_layerprobe.commands.output import LEFT, RIGHT, print_line, print_table, print_text, say
 from simpletuner_layerprobe.lokr.amounts import BF16_BYTES
 from simpletuner_layerprobe.show.words import blocks_text, counted, samples_text, share_text, size_text
 
@@ -52,24 +52,28 @@ def print_plan(
     table.append(["", "total", *blank, f"{plan.parameters:,}", f"{_size(plan.parameters)} in bf16"])
     print_table(heads, table, "".join(sides), spare=_spare(heads), wide=wide)
     if sure:
-        say(f"by       {READINGS[reading]}; {samples_text(sure.samples, sure.images)}")
+        print_line(f"by       {READINGS[reading]}; {samples_text(sure.samples, sure.images)}", wide=wide)
     if frozen:
-        say(f"frozen   {_frozen_text(plan, frozen)}; what it saves in time is not measured")
+        print_line(f"frozen   {_frozen_text(plan, frozen)}; what it saves in time is not measured", wide=wide)
     if frozen and frozen.agreement is not None:
-        say(
+        print_line(
             f"least    {blocks_text(frozen.least)} contribute{'s' * (len(frozen.least) == 1)} least; "
-            f"{share_text(frozen.agreement)} of the replicates name the same"
+            f"{share_text(frozen.agreement)} of the replicates name the same",
+            wide=wide,
         )
     if plan.budget:
         gap = f"{abs(plan.gap):,} ({abs(plan.gap) / plan.budget:.3%}) {'above' if plan.gap > 0 else 'below'}"
-        say(f"budget   {plan.budget:,} parameters, {_size(plan.budget)} in bf16; gap {gap if plan.gap else 'none'}")
-        say(f"bound    {plan.bound}")
-        say(f"split    {EQUAL_SPLIT if plan.direction == EQUAL else WEIGHTED_SPLIT}")
+        print_line(
+            f"budget   {plan.budget:,} parameters, {_size(plan.budget)} in bf16; gap {gap if plan.gap else 'none'}",
+            wide=wide,
+        )
+        print_line(f"bound    {plan.bound}", wide=wide)
+        print_line(f"split    {EQUAL_SPLIT if plan.direction == EQUAL else WEIGHTED_SPLIT}", wide=wide)
     else:
         half = "attention twice the factor" if plan.word == "factor" else "attention half of it; alpha is the rank"
-        say(f"feed-forward and modulation get the {plan.word}, {half}")
+        print_text("", f"feed-forward and modulation get the {plan.word}, {half}", wide=wide)
     if sure:
-        say(sure.text(plan.word))
+        print_text("", sure.text(plan.word), wide=wide)
     check = plan.check
     assert check is not None, "a plan is verified before it is shown"
     say(f"verified: {check.builder} {check.version} gives all {len(check.rows):,} modules the {plan.word} meant")
@@ -79,8 +83,8 @@ def print_factors(sure: Confidence, rows: Sequence[BlockRow], reading: str, *, w
     """The table of a run without a module table: the article's factors, without a plan and a proof."""
     heads, sides, table = _table(rows, sure)
     print_table(heads, table, "".join(sides), spare=_spare(heads), wide=wide)
-    say(f"by       {READINGS[reading]}; {samples_text(sure.samples, sure.images)}")
-    say(sure.text())
+    print_line(f"by       {READINGS[reading]}; {samples_text(sure.samples, sure.images)}", wide=wide)
+    print_text("", sure.text(), wide=wide)
     say("not verified, parameters unknown: the run has no module table; name its model in layerprobe import --model")
 
 

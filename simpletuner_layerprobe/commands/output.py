@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 OK = 0
 LEFT, RIGHT = "<", ">"
 GAP = 2
+LABEL = 9
 NARROWEST = 16
 """The last column of a table is given at least so much before columns are left out."""
 
@@ -128,6 +129,11 @@ def print_text(label: str, text: str, *, wide: bool = False) -> None:
     free = max(room(wide) - len(label), NARROWEST)
     for i, line in enumerate(_wrapped(printable(text), free)):
         say((" " * len(label) if i else label) + line)
+
+
+def print_line(line: str, *, wide: bool = False) -> None:
+    """A line that begins with a label of nine columns; what follows wraps in its own width."""
+    print_text(line[:LABEL], line[LABEL:], wide=wide)
 
 
 def _wrapped(text: str, width: int) -> list[str]:

@@ -39,7 +39,12 @@ def test_a_signal_to_simpletuner_train_ends_with_code_0_and_the_last_line(tiny, 
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         try:
-            wait_for_batches(folder, 1, lambda: log.read_text(errors="replace"))
+            wait_for_batches(
+                folder,
+                1,
+                lambda: log.read_text(errors="replace"),
+                ended=lambda: process.poll() is not None,
+            )
             if number == signal.SIGTERM:
                 (accelerate,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
                 os.killpg(int(accelerate), number)

@@ -47,8 +47,15 @@ def samples_per_rank(run: RunData) -> dict[int, int]:
     return dict(counts)
 
 
-def wait_for_batches(folder: Path, count: int, log: Callable[[], str], ranks: int = 1, besides: int = 0) -> None:
-    """Until each of the ranks has written `count` batches, besides those that the run had."""
+def wait_for_batches(
+    folder: Path,
+    count: int,
+    log: Callable[[], str],
+    ranks: int = 1,
+    besides: int = 0,
+    ended: Callable[[], bool] = lambda: False,
+) -> None:
+    """Until each of the ranks has written `count` batches, besides those that the run had. ended: is it over?"""
     end = time.monotonic() + 600
     while True:
         run = run_of(folder) if (folder / RUN / "manifest.json").exists() else None
@@ -57,7 +64,7 @@ def wait_for_batches(folder: Path, count: int, log: Callable[[], str], ranks: in
             batches[file.rank] += file.batches
         if all(batches[rank] >= besides + count for rank in range(ranks)):
             return
-        assert time.monotonic() < end, log()[-4000:]
+        assert time.monotonic() < end and not ended(), log()[-4000:]
         time.sleep(0.05)
 
 

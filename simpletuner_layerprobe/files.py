@@ -14,6 +14,10 @@ from typing import Any
 from simpletuner_layerprobe.errors import ConfigError
 from simpletuner_layerprobe.targets import require_file
 
+ADAPTER_NAME = "pytorch_lora_weights.safetensors"
+"""What SimpleTuner calls the adapter in a checkpoint and at the end."""
+BESIDE_ADAPTER = ("crepa_projector.", "urepa_projector.")
+"""How the names of tensors begin that it keeps in the same file, and that are no part of the adapter."""
 MAX_JSON_BYTES = 32 * 1024 * 1024
 _BYTE_ORDER_MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # of UTF-32 too
 MAX_DEPTH = 50  # of lists and objects in each other

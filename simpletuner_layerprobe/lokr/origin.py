@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from simpletuner_layerprobe.errors import ConfigError
-from simpletuner_layerprobe.files import read_object
+from simpletuner_layerprobe.files import BESIDE_ADAPTER, read_object
 from simpletuner_layerprobe.lokr.form import check_form, check_matching_ends
 from simpletuner_layerprobe.lokr.network import tensors_on
 from simpletuner_layerprobe.lokr.saved import WHAT, bare_name
@@ -19,8 +19,6 @@ from simpletuner_layerprobe.lokr.weights import open_tensors, stored
 if TYPE_CHECKING:
     from simpletuner_layerprobe.lokr.groups import Model
 
-# SimpleTuner keeps these beside a checkpoint's adapter; they are no part of it.
-_BESIDE = ("crepa_projector.", "urepa_projector.")
 Tensors = Mapping[str, tuple[int, ...]]
 
 
@@ -78,7 +76,7 @@ def _held(path: Path, prefix: str) -> dict[str, dict[str, tuple[int, ...]]]:
     held: dict[str, dict[str, tuple[int, ...]]] = {}
     for key in file.keys():  # noqa: SIM118 - not a mapping
         module, _, tensor = key.partition(".")
-        if key.startswith(_BESIDE):
+        if key.startswith(BESIDE_ADAPTER):
             continue
         if module in ("transformer", "unet", "base_model", "diffusion_model"):
             raise ConfigError(f"{path} is an adapter of PEFT's ({key}); no LyCORIS config makes one")

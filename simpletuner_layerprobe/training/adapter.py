@@ -28,6 +28,31 @@ DROPOUTS = ("dropout", "rank_dropout", "module_dropout")
 Shapes = Mapping[str, tuple[int, ...]]
 
 
+def header(path: Path) -> tuple[Shapes, Mapping[str, str]]:
+    """Key -> shape of every tensor in a safetensors file, and its metadata. Raises OSError and SafetensorError."""
+    with safe_open(path, "pt") as opened:
+        shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
+        return shapes, opened.metadata() or {}
+
+
+def differences(expected: Shapes, shapes: Shapes) -> list[str]:
+    """How the tensors of a file differ from those that are expected: at most three clauses, each names one."""
+    unknown = [key for key in shapes if key not in expected]
+    missing = [key for key in expected if key not in shapes]
+    other = [key for key in expected if key in shapes and shapes[key] != expected[key]]
+    problems = []
+    if unknown:
+        problems.append(f"{len(unknown)} of its {len(shapes)} tensors are not in it, such as {unknown[0]}")
+    if missing:
+        problems.append(f"{len(missing)} of its {len(expected)} are not in the file, such as {missing[0]}")
+    if other:
+        key = other[0]
+        problems.append(
+            f"{len(other)} have another shape, such as {key}: {shapes[key]} in the file, {expected[key]} here"
+        )
+    return problems
+
+
 @dataclass(frozen=True)
 class AdapterFile:
     """An adapter in a safetensors file. sha256: of it, hex. shapes: key -> the tensor's. metadata: the file's own."""
@@ -44,9 +69,7 @@ class AdapterFile:
         try:
             with file.open("rb") as opened:
                 sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
-            with safe_open(file, "pt") as opened:
-                shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
-                metadata = opened.metadata() or {}
+            shapes, metadata = header(file)
         except OSError as error:
             raise ConfigError(f"layerprobe_adapter: cannot read {path}: {error.strerror or error}") from None
         except SafetensorError:
@@ -56,27 +79,9 @@ class AdapterFile:
             ) from None
         return cls(file, sha256, shapes, metadata)
 
-    @staticmethod
-    def differences(expected: Shapes, shapes: Shapes) -> list[str]:
-        """How the tensors of a file differ from those that are expected: at most three clauses, each names one."""
-        unknown = [key for key in shapes if key not in expected]
-        missing = [key for key in expected if key not in shapes]
-        other = [key for key in expected if key in shapes and shapes[key] != expected[key]]
-        problems = []
-        if unknown:
-            problems.append(f"{len(unknown)} of its {len(shapes)} tensors are not in it, such as {unknown[0]}")
-        if missing:
-            problems.append(f"{len(missing)} of its {len(expected)} are not in the file, such as {missing[0]}")
-        if other:
-            key = other[0]
-            problems.append(
-                f"{len(other)} have another shape, such as {key}: {shapes[key]} in the file, {expected[key]} here"
-            )
-        return problems
-
     def require(self, expected: Shapes, made_by: str) -> None:
         """Raises ConfigError, naming a tensor, if the file does not have these. made_by: what wants them."""
-        problems = self.differences(expected, self.shapes)
+        problems = differences(expected, self.shapes)
         if problems:
             raise ConfigError(
                 f"layerprobe_adapter: {self.path} does not fit {made_by}: {'; '.join(problems)}; it must be an adapter "

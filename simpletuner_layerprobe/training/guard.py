@@ -19,15 +19,11 @@ import torch
 from torch import nn
 
 from simpletuner_layerprobe.errors import ConfigError
+from simpletuner_layerprobe.files import ADAPTER_NAME, BESIDE_ADAPTER
 from simpletuner_layerprobe.probe.modules import module_table, norm_widths
 from simpletuner_layerprobe.probe.wrappers import named_modules, unwrapped
 from simpletuner_layerprobe.run.manifest import Module
-from simpletuner_layerprobe.training.adapter import ADAPTER, AdapterFile
-
-SAVED = "pytorch_lora_weights.safetensors"
-"""What SimpleTuner calls the adapter in a checkpoint."""
-BESIDE = ("crepa_projector.", "urepa_projector.")
-"""How the names of tensors begin that it keeps in the same file, and that are no part of the adapter."""
+from simpletuner_layerprobe.training.adapter import ADAPTER, differences, header
 
 
 @dataclass(frozen=True)
@@ -75,14 +71,16 @@ def guarded(trainer: Any, mode: str, verdicts: Callable[[], Verdicts], make: Cal
     if mode == "off" or "lora" not in str(trainer.config.model_type):
         make()
         return
+    base = None
     with _forgiving(trainer):
         base = Base.of(trainer.model.get_trained_component())
     make()
     wrong: list[str] = []
-    with _forgiving(trainer), _random_numbers_kept():
-        verdict = _look(trainer, base, verdicts())
-        _say(trainer, verdict.lines)
-        wrong += [verdict.wrong] if verdict.wrong else []
+    if base is not None:
+        with _forgiving(trainer), _random_numbers_kept():
+            verdict = _look(trainer, base, verdicts())
+            _say(trainer, verdict.lines)
+            wrong += [verdict.wrong] if verdict.wrong else []
     with _forgiving(trainer):
         lost = _resumed(trainer)
         _say(trainer, lost)
@@ -159,7 +157,7 @@ def _held(init_lora: Any, prefix: str) -> dict[str, int]:
     if not init_lora or not Path(str(init_lora)).is_file():
         return {}
     held = {}
-    for key, shape in AdapterFile.read(str(init_lora)).shapes.items():
+    for key, shape in header(Path(str(init_lora)))[0].items():
         name, _, part = key.partition(".lora_")
         if key.startswith(prefix) and part in ("A.weight", "down.weight"):
             held[name.removeprefix(prefix)] = shape[0]
@@ -171,8 +169,7 @@ def _resumed(trainer: Any) -> list[str]:
     path = _checkpoint(trainer.config)
     if path is None:
         return []
-    file = AdapterFile.read(str(path))
-    shapes = {key: shape for key, shape in file.shapes.items() if not key.startswith(BESIDE)}
+    shapes = {key: shape for key, shape in header(path)[0].items() if not key.startswith(BESIDE_ADAPTER)}
     if str(trainer.config.lora_type).lower() == "lycoris":
         made = {
             name: tuple(each.shape) for name, each in trainer.accelerator._lycoris_wrapped_network.state_dict().items()
@@ -184,7 +181,7 @@ def _resumed(trainer: Any) -> list[str]:
         marked = f".{ADAPTER}"
         parameters = trainer.model.get_trained_component().named_parameters()
         made = {prefix + name.replace(marked, ""): tuple(each.shape) for name, each in parameters if ".lora_" in name}
-    return [f"it would resume from {path}, and {problem}" for problem in file.differences(made, shapes)]
+    return [f"it would resume from {path}, and {problem}" for problem in differences(made, shapes)]
 
 
 def _checkpoint(config: Any) -> Path | None:
@@ -194,5 +191,5 @@ def _checkpoint(config: Any) -> Path | None:
     if wanted == "latest":
         found = [path for path in folder.glob("checkpoint-*") if not path.name.endswith("tmp")]
         wanted = max(found, key=lambda path: int(path.name.split("-")[1])).name if found else ""
-    path = folder / Path(wanted).name / SAVED
+    path = folder / Path(wanted).name / ADAPTER_NAME
     return path if wanted and path.is_file() else None

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from simpletuner_layerprobe.errors import ProbeError, RunError
-from simpletuner_layerprobe.files import json_bytes, read_object, write_files
+from simpletuner_layerprobe.files import ADAPTER_NAME, json_bytes, read_object, write_files
 from simpletuner_layerprobe.run.lock import locked
 from simpletuner_layerprobe.training.environment import OPTIONS_NAME, changed_options
 from simpletuner_layerprobe.trial.make import HELD_OUT
@@ -25,7 +25,6 @@ from simpletuner_layerprobe.trial.results import best_rates, held_out_run, mean_
 from simpletuner_layerprobe.trial.schedule import Only, Training, finals, sweeps, wanted
 from simpletuner_layerprobe.trial.settings import BASE, DATA, DONE, PREPARED, Trial, is_done
 
-ADAPTER = "pytorch_lora_weights.safetensors"
 LOCK = ".lock"
 WAIT_SECONDS = 5.0
 
@@ -103,7 +102,7 @@ class Work:
         if training.rate is not None:
             own["learning_rate"] = training.rate
         self._start(training.arm, folder, own)
-        adapter = folder / "output" / ADAPTER
+        adapter = folder / "output" / ADAPTER_NAME
         if not adapter.is_file():
             raise ProbeError(f"the training left no {adapter}; its log is {folder / 'train.log'}")
         trained = time.monotonic()

@@ -222,6 +222,11 @@ def test_an_error_in_the_guard_ends_no_training(tmp_path, capsys, monkeypatch):
     training.guard("stop")
     assert lines(capsys) == ["could not look at this training, which goes on: RuntimeError: no such thing"]
     assert training.accelerator._lycoris_wrapped_network.loras
+    # A denoiser that cannot be looked at is one line, and the training goes on.
+    training = Training(tmp_path, NAMED)
+    training.model.get_trained_component = lambda: None
+    training.guard("stop")
+    assert len(lines(capsys)) == 1 and training.accelerator._lycoris_wrapped_network.loras
     # So does a config that check-config would refuse.
     monkeypatch.undo()
     training = Training(tmp_path, NAMED)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from simpletuner_layerprobe.api.options import EQUAL, WEIGHED, PlanOptions
 from simpletuner_layerprobe.api.plans import plan
 from simpletuner_layerprobe.errors import ProbeError
-from simpletuner_layerprobe.lokr.amounts import ARTICLE, BF16_BYTES
+from simpletuner_layerprobe.lokr.amounts import ARTICLE, BF16_BYTES, preset_parameters
 
 if TYPE_CHECKING:
     from simpletuner_layerprobe.api.run import Run
@@ -50,8 +50,7 @@ def verdict(run: Run, reading: str | None = None, preset: str | None = None) -> 
     try:
         contribution = run.plan_contribution(reading, **goal)
         lines["blocks"] = words.blocks_line(sure, contribution.value_L, contribution.covered_L)
-        made = plan(run, **options)
-        size = made.budget or made.parameters
+        size = preset_parameters(goal.get("params") or goal.get("preset") or ARTICLE) or plan(run, **options).parameters
         lines["capacity"] = words.capacity_line(size, run.own.known_parameters, _article_size(run), BF16_BYTES)
         differing = run.differing(reading=reading, params=size)
         lines["weighting"] = words.weighting_line(differing, len(contribution.blocks), sure.enough)

@@ -77,7 +77,7 @@ def guarded(trainer: Any, mode: str, verdicts: Callable[[], Verdicts], make: Cal
     make()
     wrong: list[str] = []
     if base is not None:
-        with _forgiving(trainer), _random_numbers_kept():
+        with _forgiving(trainer), random_numbers_kept():
             verdict = _look(trainer, base, verdicts())
             _say(trainer, verdict.lines)
             wrong += [verdict.wrong] if verdict.wrong else []
@@ -107,7 +107,7 @@ def _forgiving(trainer: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _random_numbers_kept() -> Iterator[None]:
+def random_numbers_kept() -> Iterator[None]:
     """LyCORIS draws the first values of what is built for comparison: nothing on a device, and these are put back."""
     kept = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):

@@ -18,7 +18,7 @@ import pytest
 import torch
 from failing import fails
 from lokr_models import Model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from simpletuner_layerprobe.lokr.check import Check
 from simpletuner_layerprobe.lokr.network import fresh_wrapper, silent
@@ -540,8 +540,23 @@ def test_an_adapter_comes_from_its_config(name, model, table, tmp_path):
         config["preset"] = str(tmp_path / "mine.toml")
         (tmp_path / "mine.toml").write_text(TOML)
     made = origin(config, table, saved(config, model, tmp_path / "adapter.safetensors"))
-    assert (made.fits, made.missing, made.strange, made.different) == (True, (), (), {})
+    assert (made.fits, made.missing, made.strange, made.different, made.alphas) == (True, (), (), {}, {})
     assert len(made.same) == sum(bool(row.got) for row in check_config(config, table).rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_alpha_is_compared_where_it_scales(model, table, tmp_path, dtype):
+    """In bf16 100.3 is 100.5; whatever the alpha of full matrices is, they train the same."""
+    algos = {"0__attn": {"algo": "lora", "dim": 4, "alpha": 100.3}, "0__ff": {"algo": "lokr", "factor": 2}}
+    config = form(apply=names(**algos), linear_dim=1_000_000, full_matrix=True)
+    path = saved(config, model, tmp_path / "a.safetensors")
+    save_file({key: tensor.to(dtype) for key, tensor in load_file(path).items()}, path)
+    assert origin(config, table, path).fits
+    algos["0__attn"] |= {"alpha": 102}
+    made = origin(config | {"linear_dim": 10_000, "linear_alpha": 3, "apply_preset": names(**algos)}, table, path)
+    assert not made.fits and {name.split(".")[2] for name in made.same} == {"ff", "ff_context"}
+    assert made.alphas["transformer_blocks.0.attn.to_q"] == (102, torch.tensor(100.3).to(dtype).item())
+    assert len(made.alphas) == 8 and not (made.different or made.missing or made.strange)
 
 
 def test_what_an_adapter_has_otherwise_is_told_module_by_module(model, table, tmp_path):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from simpletuner_layerprobe.api.options import EQUAL, WEIGHED, PlanOptions
 from simpletuner_layerprobe.api.plans import plan
-from simpletuner_layerprobe.errors import ProbeError
+from simpletuner_layerprobe.errors import ConfigError, ProbeError
 from simpletuner_layerprobe.lokr.amounts import ARTICLE, BF16_BYTES, preset_parameters
 
 if TYPE_CHECKING:
@@ -65,11 +65,28 @@ def _article_size(run: Run) -> int:
 
 
 def _command(run: Run, reading: str, size: int, name: str) -> str:
-    """What to type to make the config; without the probe run's own options there is no environment."""
+    """What to type to make the config, without what goes without saying.
+
+    Without the probe run's own options there is no environment.
+    """
+    from simpletuner_layerprobe.run.manifest import run_folder
     from simpletuner_layerprobe.training.environment import OPTIONS_NAME
 
-    line = f"layerprobe lokr {shlex.quote(str(run.path))} --params {size} --direction {PLANS[name]}"
-    if reading != run.plan_reading(None, params=size):
-        line += f" --tokens {reading}"
-    follow_up = (run.path / OPTIONS_NAME).exists()
-    return f"{line} --env {name}" if follow_up else f"{line} --out {name}.json"
+    outer = run.path.parent
+    words = ["layerprobe lokr", shlex.quote(str(outer if run_folder(outer) == run.path else run.path))]
+    if size != _usual_size(run):
+        words.append(f"--params {size}")
+    if PLANS[name] != EQUAL:
+        words.append(f"--direction {PLANS[name]}")
+        if reading != run.plan_reading(None, params=size):
+            words.append(f"--tokens {reading}")
+    words.append(f"--env {name}" if (run.path / OPTIONS_NAME).exists() else f"--out {name}.json")
+    return " ".join(words)
+
+
+def _usual_size(run: Run) -> int | None:
+    """That of a plan without --params; None where it has to be given."""
+    try:
+        return run.plan_size
+    except ConfigError:
+        return None

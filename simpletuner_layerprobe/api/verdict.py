@@ -27,8 +27,11 @@ def judged_for(run: Run, preset: str | None = None) -> tuple[PlanOptions, str]:
     named = preset or (run.preset if run.preset != ARTICLE else None)
     own = run.own.known_parameters if run.manifest.modules and named is None else None
     if own is not None:
-        return {"params": own}, "a plan of your config's size"
-    return {"preset": named or ARTICLE}, f"preset {named or ARTICLE}"
+        return {"params": own}, "a weighted plan of your config's size"
+    return {"preset": named or ARTICLE}, f"a weighted plan of {named}" if named not in (
+        None,
+        ARTICLE,
+    ) else "the article's plan"
 
 
 def verdict(run: Run, reading: str | None = None, preset: str | None = None) -> Verdict:

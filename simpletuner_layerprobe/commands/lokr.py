@@ -44,7 +44,7 @@ def add_parser(add: Add) -> None:
     added = add(
         "lokr",
         command,
-        "turn a run into a weighted LoKr config and prove it before it is written",
+        "make a LoKr config of your config's size, equal or weighted by a run, and prove it before it is written",
         "The config is built with LyCORIS on a skeleton of the model, without weights; a module that would get\n"
         "another factor than meant is an error, and nothing is written. Without --out and --env only the table is\n"
         "printed. With a budget the factors are those of the article's line from contribution to factor, scaled so\n"

@@ -224,7 +224,8 @@ def test_a_file_of_records_is_a_run_too(layerprobe: Command, tiny_run: Path, tmp
 def test_status_does_not_guess_from_too_few_samples(layerprobe: Command, tmp_path: Path, samples: int) -> None:
     run = write_run(tmp_path / "run", TINY, samples, images=samples, modules=sd3_modules(6)).path
     shown = layerprobe("status", run).out
-    assert "fewer than 10 samples in a sigma bin (preset article).\n" in shown and "would settle all" not in shown
+    assert "not enough for all of the article's plan: " in shown and "all would take" not in shown
+    assert "fewer than 10 samples in a sigma bin.\n" in shown
 
 
 HOSTILE = "ph\x1b[2Jo\nsettled  \u202eé日本\x9b"

@@ -78,7 +78,7 @@ def test_its_commands_make_three_plans_of_one_size(layerprobe: Command, tmp_path
 
 def test_the_size_is_that_of_the_runs_own_config_where_it_is_known(layerprobe: Command, tiny_run: Path) -> None:
     unknown = verdict(load(tiny_run))
-    assert "(preset article)" in unknown.lines["enough"]
+    assert "the article's plan: " in unknown.lines["enough"]
     assert "what your own config trains is not known; it is the article's recipe's size" in unknown.lines["capacity"]
     targets = ["to_q", "to_k", "to_v", "to_out.0"]
     own = {"model_type": "lora", "lora_type": "standard", "lora_rank": 8, "lora_target_modules": targets}
@@ -86,7 +86,7 @@ def test_the_size_is_that_of_the_runs_own_config_where_it_is_known(layerprobe: C
     run = load(tiny_run)
     size, article = run.own.parameters, plan(run, preset="article").parameters
     made = verdict(run)
-    assert "(a plan of your config's size)" in made.lines["enough"]
+    assert "a weighted plan of your config's size: " in made.lines["enough"]
     assert made.lines["capacity"].startswith(f"plans of {size:,} parameters (")
     said = f"as many as your own config trains; the article's recipe would make {article:,}, {article / size:.3g} times"
     assert made.lines["capacity"].endswith(said)
@@ -101,7 +101,7 @@ def test_the_size_is_that_of_the_runs_own_config_where_it_is_known(layerprobe: C
     assert f"your own config trains {size:,}: {BUDGET / size:.3g} times" in asked
     shown = layerprobe("report", tiny_run)
     page = (tiny_run / "report.html").read_text()
-    assert shown.code == 0 and "value='mean' checked" in page and "A plan of your config" in page
+    assert shown.code == 0 and "value='mean' checked" in page and "A weighted plan of your config" in page
 
 
 def test_strong_and_weak_blocks_and_how_often_the_replicates_agree(tmp_path: Path) -> None:

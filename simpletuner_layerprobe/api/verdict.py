@@ -28,10 +28,9 @@ def judged_for(run: Run, preset: str | None = None) -> tuple[PlanOptions, str]:
     own = run.own.known_parameters if run.manifest.modules and named is None else None
     if own is not None:
         return {"params": own}, "a weighted plan of your config's size"
-    return {"preset": named or ARTICLE}, f"a weighted plan of {named}" if named not in (
-        None,
-        ARTICLE,
-    ) else "the article's plan"
+    if named in (None, ARTICLE):
+        return {"preset": ARTICLE}, "the article's plan"
+    return {"preset": named}, f"a weighted plan of {named}"
 
 
 def verdict(run: Run, reading: str | None = None, preset: str | None = None) -> Verdict:

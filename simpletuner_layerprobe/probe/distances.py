@@ -30,6 +30,8 @@ Kernel = Callable[[torch.Tensor, torch.Tensor, bool], tuple[torch.Tensor, ...]]
 """As `token_changes`."""
 Layout = tuple[torch.dtype, bool]
 """A state's dtype, and whether a token's numbers are neighbours in memory."""
+Size = tuple[int, int]
+"""A state's width, and its tokens in all samples, down to a power of two."""
 
 
 def token_angles(before_BSD: torch.Tensor, after_BSD: torch.Tensor) -> torch.Tensor:
@@ -51,7 +53,9 @@ def token_changes(before_BSD: torch.Tensor, after_BSD: torch.Tensor, updates: bo
             f"a block changed the shape of its hidden states from {tuple(before_BSD.shape)} to "
             f"{tuple(after_BSD.shape)}; the distance needs the same tokens before and after"
         )
-    kernel = device_kernel(before_BSD.device, before_BSD.shape[-1], _layout(before_BSD), _layout(after_BSD), updates)
+    samples, tokens, width = before_BSD.shape
+    size = width, 1 << ((samples * tokens).bit_length() - 1)
+    kernel = device_kernel(before_BSD.device, size, _layout(before_BSD), _layout(after_BSD), updates)
     if kernel is not None:
         return kernel(before_BSD, after_BSD, updates)
     return _plain_changes(before_BSD, after_BSD, updates)
@@ -68,10 +72,10 @@ def _layout(state_BSD: torch.Tensor) -> Layout:
 
 
 @cache
-def device_kernel(device: torch.device, width: int, before: Layout, after: Layout, updates: bool) -> Kernel | None:
+def device_kernel(device: torch.device, size: Size, before: Layout, after: Layout, updates: bool) -> Kernel | None:
     """The kernel of angles_kernel.py, if the device runs it and it agrees with torch's operations; else None.
 
-    Tried once for states of this width and layout, so that it is compiled only for what it is used for. If it is not to
+    Tried once for states of this size and layout, so that it is compiled only for what it is used for. If it is not to
     be had, one warning says why: a step takes longer then.
     """
     if device.type not in KERNEL_DEVICES or os.environ.get(KERNEL_SWITCH) == "0":
@@ -79,7 +83,7 @@ def device_kernel(device: torch.device, width: int, before: Layout, after: Layou
     try:
         from simpletuner_layerprobe.probe.angles_kernel import changes
 
-        differ = difference(changes, device, width, before, after, updates)
+        differ = difference(changes, device, size, before, after, updates)
     except Exception as error:  # a compiler, a driver, a device: whatever it is, the plain operations do without it
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     else:
@@ -96,19 +100,22 @@ def _warn(message: str) -> None:
     logger.warning(message)
 
 
-def difference(kernel: Kernel, device: torch.device, width: int, before: Layout, after: Layout, updates: bool) -> float:
+def difference(kernel: Kernel, device: torch.device, size: Size, before: Layout, after: Layout, updates: bool) -> float:
     """The largest difference of a kernel's values from those of torch's operations, over made-up states like these.
 
     Angles from 1e-3 to 1 - 1e-3; the updates' norms relative. Infinite if they disagree on which tokens have none.
     """
     u_BSD, v_BSD = (
         state_BSD.to(device, dtype) if rows else state_BSD.to(device, dtype).mT.contiguous().mT
-        for state_BSD, (dtype, rows) in zip(_made_up_states(width), (before, after), strict=True)
+        for state_BSD, (dtype, rows) in zip(_made_up_states(size[0]), (before, after), strict=True)
     )
+    samples = -(-size[1] // u_BSD.shape[1])
     worst = 0.0
     expected = _plain_changes(u_BSD, v_BSD, updates)
-    for number, (value_BS, expected_BS) in enumerate(zip(kernel(u_BSD, v_BSD, updates), expected, strict=True)):
-        if not torch.equal(value_BS.isnan(), expected_BS.isnan()):
+    # As many tokens as there will be, without the memory for them.
+    made = kernel(u_BSD.expand(samples, -1, -1), v_BSD.expand(samples, -1, -1), updates)
+    for number, (value_BS, expected_BS) in enumerate(zip(made, expected, strict=True)):
+        if not torch.equal(value_BS.isnan(), expected_BS.isnan().expand_as(value_BS)):
             return math.inf
         if number == 1:  # a norm has no bound
             value_BS, expected_BS = value_BS / expected_BS, torch.ones_like(expected_BS)
@@ -117,19 +124,19 @@ def difference(kernel: Kernel, device: torch.device, width: int, before: Layout,
 
 
 def _made_up_states(width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """States (2, 48, width) before and after a block that changes each token by another amount.
+    """States (1, 96, width) before and after a block that changes each token by another amount.
 
     Among them zeros, an update of zero, and one of which most lies in the last number while the others double.
     """
     generator = torch.Generator(CPU).manual_seed(0)
     before_BSD, change_BSD = (
-        torch.empty(2, 48, width, dtype=torch.float32, device=CPU).normal_(generator=generator) for _ in range(2)
+        torch.empty(1, 96, width, dtype=torch.float32, device=CPU).normal_(generator=generator) for _ in range(2)
     )
-    size_S = torch.logspace(-2.5, 1.5, 48, dtype=torch.float32, device=CPU)
-    sign_S = torch.tensor([1.0, -1.0, 1.0], dtype=torch.float32, device=CPU).repeat(16)
+    size_S = torch.logspace(-2.5, 1.5, 96, dtype=torch.float32, device=CPU)
+    sign_S = torch.tensor([1.0, -1.0, 1.0], dtype=torch.float32, device=CPU).repeat(32)
     after_BSD = sign_S[:, None] * before_BSD + size_S[:, None] * change_BSD
-    before_BSD[1, 5] = after_BSD[0, 7] = 0
-    after_BSD[1, 9] = before_BSD[1, 9]
-    after_BSD[1, 40] = 2 * before_BSD[1, 40]
-    before_BSD[1, 40, -1] = after_BSD[1, 40, -1] = 30 * width**0.5
+    before_BSD[0, 5] = after_BSD[0, 7] = 0
+    after_BSD[0, 9] = before_BSD[0, 9]
+    after_BSD[0, 40] = 2 * before_BSD[0, 40]
+    before_BSD[0, 40, -1] = after_BSD[0, 40, -1] = 30 * width**0.5
     return before_BSD, after_BSD

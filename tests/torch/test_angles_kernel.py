@@ -26,6 +26,7 @@ triton = pytest.importorskip("triton", reason="Triton comes with torch on Linux 
 CPU = torch.device("cpu")
 FLOAT32 = torch.float32
 ROWS = (FLOAT32, True)
+SIZE = (96, 256)
 LAYOUTS = list(itertools.product((False, True), repeat=2))
 
 
@@ -87,6 +88,32 @@ def test_exact_in_the_interpreter(tmp_path):
         torch.testing.assert_close(broken[1:], token_updates(before, after), rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
+@pytest.mark.parametrize(
+    ("samples", "tokens", "size", "taken"),
+    [
+        (1, 231, 2, 16),
+        (1, 1024, 2, 16),
+        (1, 4096, 2, 32),
+        (1, 8191, 2, 32),
+        (4, 4096, 2, 64),
+        (1, 32760, 2, 64),
+        (1, 1024, 4, 8),
+        (1, 4096, 4, 32),
+    ],
+)
+def test_whole_lines_are_read_where_that_leaves_programs_enough(samples, tokens, size, taken):
+    from simpletuner_layerprobe.probe import angles_kernel
+
+    state = torch.empty(samples, 2432, tokens, dtype={2: torch.bfloat16, 4: FLOAT32}[size], device="meta").mT
+    shape = angles_kernel.launch(state, state)
+    assert shape["TOKENS"] == taken and shape["TOKENS"] * shape["WIDTH"] == 2048
+    assert 32 <= taken * size <= 128  # from a sector to a line
+    on_the_way = 2 * size * 2048 * (shape["STAGES"] - 1)
+    assert on_the_way == 32 * 1024
+    if samples * tokens >= 4096:
+        assert on_the_way * samples * -(-tokens // taken) > 3e6  # Little's law for 4.3 TB/s and 0.7 us
+
+
 def resources(cubin: bytes, folder: Path) -> dict[str, int]:
     """Registers, stack and shared memory of a compiled kernel, by NVIDIA's own tool."""
     (folder / "kernel.cubin").write_bytes(cubin)
@@ -115,10 +142,13 @@ def test_compiles_without_a_device_and_without_spills(capability, dtype, tmp_pat
         (5120, 64, True, (False, False)),
         (9216, 64, True, (False, False)),
         (2432, 64, True, (True, False)),
-        (2432, 64, False, (True, True)),
-        (5120, 120, True, (True, True)),  # by 8, as the tokens of a video
+        (2432, 1024, True, (True, True)),
+        (2432, 4096, False, (True, True)),
+        (5120, 32760, True, (True, True)),  # by 8, as the tokens of a video
     ):
-        before, after = (laid_out(torch.empty(1, tokens, width, dtype=dtype), by_width) for by_width in layout)
+        before, after = (
+            laid_out(torch.empty(1, tokens, width, dtype=dtype, device="meta"), by_width) for by_width in layout
+        )
         constants = angles_kernel.launch(before, after) | {"UPDATES": updates}
         launches.append(tuple(constants.values()))
         options = {"num_warps": constants.pop("num_warps")}
@@ -148,7 +178,7 @@ def tried(monkeypatch, changes, updates=False) -> object:
 
     monkeypatch.setattr(distances, "KERNEL_DEVICES", ("cpu",))
     monkeypatch.setattr(angles_kernel, "changes", changes)
-    return distances.device_kernel(CPU, 96, ROWS, ROWS, updates)
+    return distances.device_kernel(CPU, SIZE, ROWS, ROWS, updates)
 
 
 def slightly_off(angle: float = 0, norm: float = 0, cosine: float = 0):
@@ -201,7 +231,7 @@ def test_without_triton_the_plain_operations_do(monkeypatch, caplog):
     monkeypatch.setattr(distances, "KERNEL_DEVICES", ("cpu",))
     monkeypatch.setitem(sys.modules, "simpletuner_layerprobe.probe.angles_kernel", None)
     for width in (96, 64):  # one warning
-        assert distances.device_kernel(CPU, width, ROWS, ROWS, False) is None
+        assert distances.device_kernel(CPU, (width, 256), ROWS, ROWS, False) is None
     (record,) = caplog.records
     assert "fused kernel is not used" in record.getMessage()
 
@@ -213,7 +243,7 @@ def test_the_kernel_can_be_switched_off(monkeypatch, caplog):
     distances.device_kernel.cache_clear()
     monkeypatch.setenv("SIMPLETUNER_LAYERPROBE_KERNEL", "1")
     assert tried(monkeypatch, right) is right
-    assert distances.device_kernel(torch.device("meta"), 96, ROWS, ROWS, False) is None  # another kind of device
+    assert distances.device_kernel(torch.device("meta"), SIZE, ROWS, ROWS, False) is None  # another kind of device
 
 
 def test_other_devices_take_the_kernel_or_the_plain_operations(monkeypatch):
@@ -233,7 +263,7 @@ def test_other_devices_take_the_kernel_or_the_plain_operations(monkeypatch):
     kernel = lambda u_BSD, v_BSD, updates: (result, updates)  # noqa: E731
     assert token_angles(state, state) is result
     assert token_changes(state, state, updates=True) == (result, True)
-    assert asked[0] == (state.device, 8, ROWS, (FLOAT32, False), False) and asked[1][4]
+    assert asked[0] == (state.device, (8, 8), ROWS, (FLOAT32, False), False) and asked[1][4]  # 10 tokens
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

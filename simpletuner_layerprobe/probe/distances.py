@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -26,8 +26,8 @@ KERNEL_SWITCH = "SIMPLETUNER_LAYERPROBE_KERNEL"
 
 logger = logging.getLogger(__name__)
 
-Kernel = Callable[[torch.Tensor, torch.Tensor, bool], tuple[torch.Tensor, ...]]
-"""As `token_changes`."""
+Kernel = Callable[..., tuple[torch.Tensor, ...]]
+"""As `token_changes`; all states before of one dtype, and with the same strides."""
 Layout = tuple[torch.dtype, bool]
 """A state's dtype, and whether a token's numbers are neighbours in memory."""
 Size = tuple[int, int]
@@ -46,8 +46,14 @@ def token_angles(before_BSD: torch.Tensor, after_BSD: torch.Tensor) -> torch.Ten
 
 
 @torch.no_grad()
-def token_changes(before_BSD: torch.Tensor, after_BSD: torch.Tensor, updates: bool = False) -> tuple[torch.Tensor, ...]:
-    """(angles,) as `token_angles` has them; with updates, (angles, norms, cosines), the last two of `token_updates`."""
+def token_changes(
+    before_BSD: torch.Tensor, after_BSD: torch.Tensor, updates: bool = False, earlier_BSD: Sequence[torch.Tensor] = ()
+) -> tuple[torch.Tensor, ...]:
+    """(angles,) as `token_angles` has them; with updates, (angles, norms, cosines), the last two of `token_updates`.
+
+    After them the angles of each of the earlier states with `after_BSD`; where they lie as `before_BSD` does, by the
+    same launch. Their shapes must be the same.
+    """
     if before_BSD.shape != after_BSD.shape:
         raise ModelError(
             f"a block changed the shape of its hidden states from {tuple(before_BSD.shape)} to "
@@ -56,15 +62,20 @@ def token_changes(before_BSD: torch.Tensor, after_BSD: torch.Tensor, updates: bo
     samples, tokens, width = before_BSD.shape
     size = width, 1 << ((samples * tokens).bit_length() - 1)
     kernel = device_kernel(before_BSD.device, size, _layout(before_BSD), _layout(after_BSD), updates)
-    if kernel is not None:
-        return kernel(before_BSD, after_BSD, updates)
-    return _plain_changes(before_BSD, after_BSD, updates)
+    if kernel is None:
+        return _plain_changes(before_BSD, after_BSD, updates, earlier_BSD)
+    lies = before_BSD.dtype, before_BSD.stride()
+    if all((state_BSD.dtype, state_BSD.stride()) == lies for state_BSD in earlier_BSD):
+        return kernel(before_BSD, after_BSD, updates, earlier_BSD)
+    return *kernel(before_BSD, after_BSD, updates), *(token_angles(state_BSD, after_BSD) for state_BSD in earlier_BSD)
 
 
-def _plain_changes(before_BSD: torch.Tensor, after_BSD: torch.Tensor, updates: bool) -> tuple[torch.Tensor, ...]:
+def _plain_changes(
+    before_BSD: torch.Tensor, after_BSD: torch.Tensor, updates: bool, earlier_BSD: Sequence[torch.Tensor] = ()
+) -> tuple[torch.Tensor, ...]:
     angles = cpu_angles if before_BSD.device.type == "cpu" else plain_angles
     added = token_updates(before_BSD, after_BSD) if updates else ()
-    return angles(before_BSD, after_BSD), *added
+    return angles(before_BSD, after_BSD), *added, *(angles(state_BSD, after_BSD) for state_BSD in earlier_BSD)
 
 
 def _layout(state_BSD: torch.Tensor) -> Layout:
@@ -111,13 +122,15 @@ def difference(kernel: Kernel, device: torch.device, size: Size, before: Layout,
     )
     samples = -(-size[1] // u_BSD.shape[1])
     worst = 0.0
-    expected = _plain_changes(u_BSD, v_BSD, updates)
+    earlier_BSD = u_BSD.neg()
+    expected = _plain_changes(u_BSD, v_BSD, updates, [earlier_BSD])
     # As many tokens as there will be, without the memory for them.
-    made = kernel(u_BSD.expand(samples, -1, -1), v_BSD.expand(samples, -1, -1), updates)
+    u_BSD, v_BSD, earlier_BSD = (state_BSD.expand(samples, -1, -1) for state_BSD in (u_BSD, v_BSD, earlier_BSD))
+    made = kernel(u_BSD, v_BSD, updates, [earlier_BSD])
     for number, (value_BS, expected_BS) in enumerate(zip(made, expected, strict=True)):
         if not torch.equal(value_BS.isnan(), expected_BS.isnan().expand_as(value_BS)):
             return math.inf
-        if number == 1:  # a norm has no bound
+        if updates and number == 1:  # a norm has no bound
             value_BS, expected_BS = value_BS / expected_BS, torch.ones_like(expected_BS)
         worst = max(worst, float((value_BS - expected_BS).nan_to_num().abs().max()))
     return worst

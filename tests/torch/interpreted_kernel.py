@@ -30,7 +30,9 @@ def main(cases: str, out: str) -> None:
     angles_kernel.libdevice = SimpleNamespace(atan2=atan2)
     angles_kernel.PROGRAMS = 2  # so that few tokens are in lines, half lines and sectors
     distances.KERNEL_DEVICES = ("cpu",)
-    taken = [angles_kernel.changes(before, after, updates=True) for before, after in torch.load(cases)]
+    given = torch.load(cases)
+    taken = [angles_kernel.changes(before, after, updates=True) for before, after in given["cases"]]
+    earlier = [angles_kernel.changes(before, after, True, further) for after, before, *further in given["earlier"]]
     # The check that a device has to pass before its kernel is used.
     differ = [
         distances.difference(angles_kernel.changes, CPU, (300, 192), (dtype, before), (torch.bfloat16, after), True)
@@ -42,7 +44,7 @@ def main(cases: str, out: str) -> None:
     ]
     state = torch.randn(2, 3, 300)
     trusted = distances.token_changes(state, state, updates=False)
-    torch.save({"changes": taken, "difference": max(differ), "trusted": len(trusted) == 1}, out)
+    torch.save({"changes": taken, "earlier": earlier, "difference": max(differ), "trusted": len(trusted) == 1}, out)
 
 
 if __name__ == "__main__":

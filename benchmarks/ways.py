@@ -9,10 +9,12 @@ from __future__ import annotations
 import importlib
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 from denoisers import Subject
@@ -23,6 +25,7 @@ from simpletuner_layerprobe.probe import distances
 from simpletuner_layerprobe.probe.blocks import Block, find_blocks
 from simpletuner_layerprobe.probe.observer import Observer
 from simpletuner_layerprobe.probe.rows import RowBuffer
+from simpletuner_layerprobe.probe.side_stream import STREAM_DEVICES, STREAM_SWITCH
 from simpletuner_layerprobe.readings import TOKENS, parse_reading
 from simpletuner_layerprobe.training.ablation import StepAblation
 
@@ -94,6 +97,13 @@ class Ablated(Probe):
 
         with self.observer:
             yield step
+
+
+@mock.patch.dict(os.environ, {STREAM_SWITCH: "1"})
+def beside(subject: Subject) -> dict[str, Way]:
+    """The probe with its distances on a stream of their own, where the device has such."""
+    has_streams = subject.batch["latents"].device.type in STREAM_DEVICES
+    return {"probe, on a stream of its own": Probe(subject)} if has_streams else {}
 
 
 def without_kernel(way: Way) -> Way:
@@ -279,7 +289,7 @@ def probes(subject: Subject) -> dict[str, Way]:
         "probe, and pairs of 2 to 4 blocks": Probe(subject, pairs=4),
         "probe, and residual readings": Probe(subject, residual=True),
         ABLATED: Ablated(subject),
-    }
+    } | beside(subject)
 
 
 def ways(subject: Subject) -> dict[str, Way]:

@@ -6,8 +6,10 @@ Shapes: B batch, S tokens, D width, L blocks.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from simpletuner_layerprobe.probe.changes import Change, change, no_tokens, stat
 from simpletuner_layerprobe.probe.families import Family, StreamSeam
 from simpletuner_layerprobe.probe.pairs import Before, Pair, Trail, moved_angles
 from simpletuner_layerprobe.probe.parts import Part
+from simpletuner_layerprobe.probe.side_stream import STREAM_SWITCH, SideStream
 from simpletuner_layerprobe.probe.states import State, States
 from simpletuner_layerprobe.probe.token_masks import RULES
 from simpletuner_layerprobe.probe.tokens import Forward
@@ -29,6 +32,8 @@ from simpletuner_layerprobe.readings import TOKENS, extra_readings, parse_readin
 
 Values = dict[tuple[str, str], dict[str, torch.Tensor]]
 """Of one forward: (stream, reading) -> (B,) float32 by the path of the (first) block."""
+Reads = tuple[str, Change, Part, list[Pair]]
+"""What to read of a stream after a block: its name, what became of its state, its tokens in it, the pairs that end."""
 
 
 class Observer:
@@ -60,6 +65,7 @@ class Observer:
         }
         self._trails = {stream: Trail(self._longest, len(paths)) for stream, paths in self.streams.items()}
         self._states = States([block.path for block in self.blocks])
+        self._side = SideStream(os.environ.get(STREAM_SWITCH) == "1")
         self._stack = ExitStack()
         self._batch: Mapping[str, Any] | None = None
         self._text_mask_BS: torch.Tensor | None = None
@@ -167,6 +173,7 @@ class Observer:
     def _forward_ends(self, *_: Any) -> None:
         """Blocks that gradient checkpointing runs again in the backward are not observed."""
         if self._forward is not None:
+            self._side.learned()
             self._states.learned()
             self._forget()
 
@@ -185,7 +192,8 @@ class Observer:
             return
         self._states.after_block(block.path, states.values())
         changes: dict[tuple[str, int | None], Change] = {}  # once for all streams of one state
-        streams = []
+        streams: list[Reads] = []
+        shared = []  # states that others can change
         for seam in block.seams:
             state = states[seam.argument]
             key = seam.argument, seam.result
@@ -197,10 +205,9 @@ class Observer:
             part = self._parts[block.path, seam.stream] = self._part(block, seam, tokens)
             pairs = self._pairs(block, seam, state, changes[key], part) if self._longest > 1 else []
             streams.append((seam.stream, changes[key], part, pairs))
-        for made in changes.values():
-            made.take(self._residual)
-        for stream, made, part, pairs in streams:
-            self._read(stream, block.path, made, part, pairs)
+            given = [kept.given for kept in (state, *(pair.first.state for pair in pairs))]
+            shared += [changes[key].after_BSD, *(tensor for tensor in given if tensor is not None)]
+        self._side.run(block.path, shared, partial(self._take, block.path, changes.values(), streams))
         self._forward.block = self._forward.call  # that of the block holds the states
 
     def _part(self, block: Block, seam: StreamSeam, tokens: int) -> Part:
@@ -222,6 +229,13 @@ class Observer:
             if pair.in_place:
                 change.earlier_BSD[pair.first.path] = pair.first.state_BSD
         return pairs
+
+    def _take(self, path: str, changes: Iterable[Change], streams: Iterable[Reads]) -> None:
+        """Take every distance after a block."""
+        for made in changes:
+            made.take(self._residual)
+        for stream, made, part, pairs in streams:
+            self._read(stream, path, made, part, pairs)
 
     def _read(self, stream: str, path: str, change: Change, part: Part, pairs: list[Pair]) -> None:
         """Take every reading of one stream."""

@@ -35,11 +35,11 @@ def main(cases: str, out: str) -> None:
     earlier = [angles_kernel.changes(before, after, True, further) for after, before, *further in given["earlier"]]
     # The check that a device has to pass before its kernel is used.
     differ = [
-        distances.difference(angles_kernel.changes, CPU, (300, 192), (dtype, before), (torch.bfloat16, after), True)
-        for dtype, before, after in (
-            (torch.float32, False, True),
-            (torch.float32, True, True),
-            (torch.bfloat16, False, False),
+        distances.difference(angles_kernel.changes, CPU, (300, tokens), (dtype, before), (torch.bfloat16, after), True)
+        for tokens, dtype, before, after in (
+            (192, torch.float32, False, True),
+            (64, torch.float32, True, True),
+            (192, torch.bfloat16, False, False),
         )
     ]
     state = torch.randn(2, 3, 300)

@@ -6,8 +6,9 @@ python benchmarks/tables.py
 from __future__ import annotations
 
 import argparse
+import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,27 +39,105 @@ def size(count: int) -> str:
     )
 
 
-def users_words(run: dict[str, Any]) -> str:
-    """What a user wants to know first."""
+def title(name: str) -> str:
+    """A model of denoisers.SHAPES by the name that it is published under."""
+    return {"sd3.5-large": "SD3.5 Large", "flux.1-dev": "Flux.1-dev", "emoji": "examples/emoji"}.get(name, name)
+
+
+def users_words(run: dict[str, Any], device: str) -> str:
+    """What a user wants to know first, of one model of steps.py."""
     rate = run["samples_per_second"]
     speed = f"{rate:.1f} samples a second" if rate >= 1 else f"{1 / rate:.1f} s a sample"
     allocated = run["bare"].get("allocated_bytes")
     memory = f", {allocated / 1e9:.1f} GB" if allocated else ""
     ablated = run.get("ablated_samples_per_second")
-    left_out = f"; with every block left out 200 samples in {200 / ablated / 60:.1f} minutes" if ablated else ""
+    left_out = f"; with every block left out, 200 samples in {200 / ablated / 60:.1f} minutes" if ablated else ""
     return (
-        f"**{run['model']}**, batch {run['batch']}: {speed}{memory}, 2,000 samples in {2000 / rate / 60:.1f} minutes"
-        f"{left_out} (the forward with the probe; SimpleTuner's loop comes on top)."
+        f"{title(run['model'])}, {pixels(run)} px, batch {run['batch']}, {device}: {speed}{memory}, 2,000 samples in "
+        f"{2000 / rate / 60:.1f} minutes{left_out}"
+    )
+
+
+def pixels(run: dict[str, Any]) -> int:
+    """The image's side: a token stands for 16 x 16 pixels in SD3 and Flux."""
+    return 16 * math.isqrt(run["tokens"]["image"])
+
+
+def loop_words(result: dict[str, Any]) -> str:
+    """The same of a run of loop.py."""
+    ranks = f", {result['ranks']} ranks" if result["ranks"] > 1 else ""
+    return (
+        f"{title(result['model'])} in SimpleTuner's loop, batch {result['batch']}{ranks}: "
+        f"{result['samples_per_second']:.1f} samples a second, {result['step_ms']:.0f} ms a step, of which the probe "
+        f"has {result['plugin_share']:.1%} on the host, and {result['plugin_start_seconds']:.2f} s of the start"
+    )
+
+
+def seen_words(seen: dict[str, Any]) -> str:
+    """The same of a run that was only watched."""
+    low, high = seen["samples_per_second"]
+    return (
+        f"{title(seen['model'])} in SimpleTuner's loop, {seen['side']} px, batch {seen['batch']}, "
+        f"{seen['machine']['device']}: {low} to {high} samples a second after {seen['first_steps_seconds']} s for the "
+        f"first four, {seen['gigabytes']} GB; {seen['samples']} samples in {seen['seconds']:.0f} s ({seen['how']})"
+    )
+
+
+def bases_words(result: dict[str, Any]) -> str:
+    words = Counter(found["word"] for found in result["bases"].values())
+    return f"{len(result['bases'])} bases and modes: " + ", ".join(f"{n} {word}" for word, n in words.most_common())
+
+
+def figures(device: str, folder: Path) -> list[str]:
+    """What was measured on a device, a line for each figure, what a user wants to know first."""
+    steps, kernels, bases = (load(f"{name}-{device}", folder) for name in ("steps", "kernel", "bases"))
+    runs = steps["runs"] if steps else []
+    lines = [users_words(run, steps["machine"]["device"]) for run in runs if steps and "samples_per_second" in run]
+    loops = sorted(folder.glob(f"loop-{device}*.json"))
+    lines += [loop_words(found) for path in loops if (found := load(path.stem, folder))]
+    if found := load(f"hooks-{device}", folder):
+        lines += [
+            f"{title(name)}, the hooks of a block: {us} us of the host" for name, (_, us) in found["models"].items()
+        ]
+    for run in runs:
+        name = f"{title(run['model'])}, batch {run['batch']}"
+        lines.append(f"{name}: the hooks of a block take {run['host_us_per_block']:.0f} us of the host")
+        for label, found in run["ways"].items():
+            clock = found.get("device") or found.get("cpu")
+            lines.append(f"{name}, {label}: {clock['ratio'] if clock else 'out of memory'} of the bare forward")
+    lines += [kernel_line(row) for row in kernels["rows"]] if kernels else []
+    return [*lines, *([bases_words(bases)] if bases else [])]
+
+
+def kernel_line(row: dict[str, Any]) -> str:
+    """A row of kernel.py: times on the device, what the kernel reads a second, how much faster it is."""
+    kernel, plain = row["kernel"], row["torch"]
+    others = f", the other kernel {row['other']['device_us']:7.1f} us" if "other" in row else ""
+    layout, readings = "rows" if row["rows"] else "transposed", "updates" if row["updates"] else "angles"
+    return (
+        f"{row['states']:27} {layout:10} {readings:7} "
+        f"{kernel['device_us']:7.1f} us (host {kernel['host_us']:5.1f}) "
+        f"{2 * row['state_bytes'] / kernel['device_us'] / 1e6:4.1f} TB/s, torch {plain['device_us']:7.1f} us, "
+        f"{plain['device_us'] / kernel['device_us']:4.1f} x, differs by {kernel['differs']:.0e}{others}"
     )
 
 
 def steps(result: dict[str, Any], clock: str) -> str:
-    parts = [about(result["machine"])]
+    parts = [
+        f"""{about(result["machine"])}
+
+Ratios are medians of pairs that ran interleaved in one process on the same inputs, in brackets the middle half of the
+pairs. *{PROBE}* is what a probe run does. The last rows are what others do, and the floor is the least that any
+distance of all tokens has to read."""
+    ]
     for run in result["runs"]:
         tokens = run["tokens"]
+        hooks = run.get("host_us_per_block")
+        host = f" The hooks of a block take {hooks:.0f} us of the host." if hooks else ""
         parts.append(
-            f"{users_words(run)} {run['blocks']} blocks, width {run['width']}, {tokens['image']} image and "
-            f"{tokens['text']} text tokens, bf16; a block's states take {size(run['state_bytes'])}."
+            f"**{title(run['model'])}**, batch {run['batch']}: {run['blocks']} blocks, width {run['width']}, "
+            f"{tokens['image']} image and {tokens['text']} text tokens, bf16; a block's states take "
+            f"{size(run['state_bytes'])}.{host}"
         )
         rows = []
         for label, found in run["ways"].items():
@@ -88,9 +167,10 @@ def kernel(result: dict[str, Any]) -> str:
                 f"{2 * row['state_bytes'] / fused / 1e6:.1f} TB/s",
                 f"{plain:.0f} us",
                 f"{plain / fused:.0f} x",
+                f"{row['other']['device_us']:.0f} us" if "other" in row else "",
             ]
         )
-    head = ["states (bf16)", "in memory", "readings", "kernel", "read", "torch's operations", ""]
+    head = ["states (bf16)", "in memory", "readings", "kernel", "read", "torch's operations", "", "the kernel before"]
     parts = [about(result["machine"]), copied, table(head, rows)]
     return "\n\n".join(parts if result["complete"] else [*parts, "Not all states were measured in this run."])
 
@@ -125,50 +205,112 @@ The `.pth` file adds {added["median"]:.2f} ms ({added["first_quartile"]:.2f} to 
 start of the environment's Python. `layerprobe --help` takes {helped["median"]:.3f} s."""
 
 
-def page() -> str:
-    parts = [
-        f"""# What it costs
+def first() -> Iterator[str]:
+    """What a user wants to know first, a line for each answer."""
+    on_gpu, stored = load("steps-cuda"), load("analysis")
+    if on_gpu:
+        for run in on_gpu["runs"]:
+            yield f"{users_words(run, on_gpu['machine']['device'])}: this is the forward with the probe in it."
+        added = [f"{run['ways'][PROBE]['device']['ratio'] - 1:.1%}" for run in on_gpu["runs"]]
+        memory = max(run["ways"][PROBE]["extra_peak_bytes"] for run in on_gpu["runs"])
+        yield f"The probe adds {' and '.join(added)} to these forwards, and {size(memory)} of memory at most."
+    measured, seen = load("loop-cuda"), load("loop-h200-seen")
+    if measured:
+        yield f"{loop_words(measured)}."
+    elif seen:
+        yield f"{seen_words(seen)}."
+    if stored:
+        bytes_a_sample = stored["storage_bytes_per_sample"]["run folder, two readings, 1,000 samples a flush"]
+        fastest = min(way["seconds"] for way in stored["ways"].values())
+        yield (
+            f"On disk: {bytes_a_sample / 1e3:.2f} kB a sample of SD3.5 Large, {size(round(2000 * bytes_a_sample))} for "
+            f"2,000. From {stored['samples']:,} samples to factors: {fastest:.1f} s on a CPU."
+        )
+    if started := load("startup"):
+        yield f"Where nothing is probed: {started['autoload']['added_ms']['median']:.1f} ms at each start of Python."
 
-`make bench` measures this again on a CPU, `python benchmarks/steps.py --device cuda` on a GPU, and
-`benchmarks/tables.py` writes this page from benchmarks/results/. Ratios are medians of pairs that ran interleaved in
-one process on the same inputs, in brackets the middle half of the pairs. `{PROBE}` is what a probe run does; the last
-rows are what others do, and the floor is the least that any distance of all tokens has to read."""
-    ]
-    sections = [
-        ("steps-cuda", "A step on a GPU", lambda result: steps(result, "device")),
-        ("steps-cpu", "A step on a CPU", lambda result: steps(result, "cpu")),
-        ("loop-cuda", "In SimpleTuner's loop, on a GPU", loop),
-        ("loop-cpu", "In SimpleTuner's loop, on a CPU", loop),
-        ("analysis", "From records to factors", analysis),
-        ("startup", "Start-up", startup),
-    ]
-    if load("kernel-cuda"):
-        sections.insert(1, ("kernel-cuda", "The fused kernel", kernel))
-    for name, title, words in sections:
-        result = load(name)
-        parts.append(f"## {title}\n\n{words(result) if result else '**Not measured.**'}")
-    parts.append(
-        """## Not measured
 
-Several GPUs, other cards, quantised bases and offloading on a GPU ([bases.md](bases.md) has a CPU's). The steps on a
-GPU were measured with the fused kernel that read each state twice and left the residual readings to torch's operations;
-`python benchmarks/kernel.py` measures the one that reads it once for all readings. Of SimpleTuner's own loop one figure
-is known: on an H200 the real `simpletuner train` probed SD3.5 Large at 1024 px, batch 1, at 4 to 6 samples a second
-after a start of some ten seconds, in 17.3 GB."""
-    )
-    return "\n\n".join(parts) + "\n"
+def hooks(result: dict[str, Any]) -> str:
+    rows = [[title(model), blocks, f"{us:.0f} us"] for model, (blocks, us) in result["models"].items()]
+    on_gpu = load("steps-cuda")
+    device = [
+        f"{title(run['model'])} takes an {on_gpu['machine']['device']} "
+        f"{run['ways'][PROBE]['device']['base_seconds'] / run['blocks'] * 1e6:.0f} us"
+        for run in (on_gpu["runs"] if on_gpu else [])
+    ]
+    return f"""{about(result["machine"])}
+
+The time of Python and of torch's dispatcher that the hooks of a block take, with both readings, the arithmetic left out
+(a narrow model, and a kernel that does nothing). A GPU computes meanwhile: as long as a block gives it more to do than
+the host, nothing waits for this. A block of {", of ".join(device)}.
+
+{table(["a narrow model with the blocks of", "blocks", "host time of the hooks per block"], rows)}"""
 
 
 def loop(result: dict[str, Any]) -> str:
     rows = [[part, f"{found['step_ms']:.2f}", f"{found['first_ms']:.0f}"] for part, found in result["parts"].items()]
-    return f"""{about(result["machine"])} {result["model"].capitalize()}, {result["steps"]} steps.
+    return f"""{about(result["machine"])} {result["steps"]} steps.
 
-{table(["part", "ms a step, on the host", "ms in the first steps"], rows)}
+{loop_words(result)}.
 
-The probe takes {result["plugin_share"]:.1%} of a step of {result["step_ms"]:.1f} ms, and
-{result["plugin_start_seconds"]:.2f} s of the start. The larger the model, the smaller its part. What a user can do
-about the rest: a larger `train_batch_size` (one pass of the loop for more samples) and `dataloader_prefetch` (the next
-batch is read during the forward)."""
+{table(["part", "ms a step", "ms in the first four steps and before"], rows)}
+
+What a user can do about the rest: a larger `train_batch_size` (one pass of the loop for more samples) and
+`dataloader_prefetch` (the next batch is read during the forward)."""
+
+
+def several_gpus() -> str:
+    """What is known of more than one."""
+    loops = [load(path.stem) for path in sorted(RESULTS.glob("loop-cuda-*.json"))]
+    if loops:
+        return "\n\n".join(loop(found) for found in loops if found)
+    on_cpu = (load("bases-cpu") or {"bases": {}})["bases"].get("two ranks")
+    exact = f" On a CPU two ranks are {on_cpu['word']}: {on_cpu['said']} ([bases.md](bases.md))." if on_cpu else ""
+    return f"**Not measured**: `python benchmarks/loop.py --device cuda --ranks 2`, where two are.{exact}"
+
+
+def page() -> str:
+    answers = "\n".join(f"- {answer}" for answer in first())
+    parts = [
+        f"""# What it costs
+
+{answers}
+
+All with random weights of the real shapes, in bf16. `python benchmarks/gpu.py` measures a GPU in ten minutes,
+`make bench` a CPU, and `benchmarks/tables.py` writes this page from benchmarks/results/."""
+    ]
+    sections = [
+        ("steps-cuda", "A step on a GPU", lambda result: steps(result, "device")),
+        ("kernel-cuda", "The fused kernel", kernel),
+        ("loop-cuda", "In SimpleTuner's loop, on a GPU", loop),
+        ("hooks-cpu", "The hooks on the host", hooks),
+        ("loop-cpu", "In SimpleTuner's loop, on a CPU", loop),
+        ("analysis", "From records to factors", analysis),
+        ("startup", "Start-up", startup),
+    ]
+    if load("steps-cpu"):
+        sections.insert(4, ("steps-cpu", "A step on a CPU", lambda result: steps(result, "cpu")))
+    missing = []
+    for name, title_of, words in sections:
+        if result := load(name):
+            parts.append(f"## {title_of}\n\n{words(result)}")
+        else:
+            missing.append(title_of)
+    parts.append(f"## Several GPUs\n\n{several_gpus()}")
+    parts.append(not_measured(missing))
+    return "\n\n".join(parts) + "\n"
+
+
+def not_measured(missing: Sequence[str]) -> str:
+    """What this page lacks. missing: the titles of whole sections."""
+    lacks = ["Cards other than those named above.", "Bases and offloading on a GPU: [bases.md](bases.md) has a CPU's."]
+    lacks += [f"{title_of}." for title_of in missing]
+    if "The fused kernel" in missing:
+        lacks.append(
+            "The steps on a GPU with today's fused kernel: they were measured with the one before, which read each "
+            "state twice and left the residual readings to torch's operations."
+        )
+    return "## Not measured\n\n" + "\n".join(f"- {what}" for what in lacks)
 
 
 def bases(result: dict[str, Any]) -> str:
@@ -176,9 +318,7 @@ def bases(result: dict[str, Any]) -> str:
     for name, found in result["bases"].items():
         layers = ", ".join(f"{count} {kind}" for kind, count in sorted(found["layers"].items()))
         rows.append([f"`{name}`", found["word"], layers, found["said"].replace("|", "\\|")])
-    words = Counter(found["word"] for found in result["bases"].values())
-    counts = ", ".join(f"{count} {word}" for word, count in words.most_common())
-    return f"""{about(result["machine"])} {len(result["bases"])} bases: {counts}.
+    return f"""{about(result["machine"])} {bases_words(result)}.
 
 {table(["base or mode", "verdict", "linear layers", "largest difference of a distance, or why not"], rows)}"""
 

@@ -18,6 +18,7 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,10 +76,8 @@ class Verdict:
     seconds: float
 
 
-def judged(simpletuner: Any, tiny: Path, options: dict[str, Any], device: str, ranks: int = 1) -> Verdict:
-    folder = tiny.with_name("run")
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(tiny, folder)
+def judged(simpletuner: Any, folder: Path, options: dict[str, Any], device: str, ranks: int = 1) -> Verdict:
+    """What a run of the tiny pipeline in `folder` shows, with these options of SimpleTuner's."""
     path = folder / "config" / "tiny-probe" / "config.json"
     settings = {"layerprobe_samples": SAMPLES, "max_train_steps": SAMPLES, **options}
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
@@ -100,10 +99,11 @@ def judged(simpletuner: Any, tiny: Path, options: dict[str, Any], device: str, r
     run = load_run(folder / "output" / "tiny-probe" / "layerprobe")
     layers = Counter(module.type for module in run.manifest.modules if "Linear" in module.type)
     references = [np.load(path) for path in sorted(folder.glob("reference*.npz"))]
-    worst = 0.0
+    apart = []
     for name in references[0].files:
         found, expected = run.distances(*name.split(".")), np.concatenate([one[name] for one in references])
-        worst = max(worst, float(np.abs(found - expected).max()) if found.shape == expected.shape else np.inf)
+        apart.append(np.abs(found - expected).max() if found.shape == expected.shape else np.inf)
+    worst = float(np.max(apart))  # NaN if one is
     word = "exact" if worst <= TOLERANCE and run.samples == SAMPLES else "differs"
     return Verdict(word, f"{worst:.0e} at most, {run.samples} samples", dict(layers), result.seconds)
 
@@ -112,6 +112,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--only", choices=list(BASES), action="append")
+    parser.add_argument("--jobs", type=int, default=1, help="how many runs at the same time")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the result")
     options = parser.parse_args(arguments)
     from pipelines import EXAMPLES, make_pipeline
@@ -122,13 +123,17 @@ def main(arguments: list[str] | None = None) -> None:
         tiny = Path(temporary, "tiny")
         make_pipeline(EXAMPLES / "tiny_sd3.py", "--out", tiny, "--images", str(SAMPLES))
         simpletuner = SimpleTuner(Path(temporary, "server.txt"))
+        names = list(options.only or BASES)
+        if RANKS in names and options.device == "cuda" and torch.cuda.device_count() < 2:
+            print(f"{RANKS:40} not measured: there is one GPU")
+            names.remove(RANKS)
+
+        def tried(name: str) -> Verdict:
+            folder = Path(shutil.copytree(tiny, Path(temporary, f"run{names.index(name)}")))
+            return judged(simpletuner, folder, BASES[name], options.device, 2 if name == RANKS else 1)
+
         try:
-            for name in options.only or BASES:
-                ranks = 2 if name == RANKS else 1
-                if options.device == "cuda" and ranks > torch.cuda.device_count():
-                    print(f"{name:40} not measured: there is one GPU")
-                    continue
-                verdict = judged(simpletuner, tiny, BASES[name], options.device, ranks)
+            for name, verdict in zip(names, ThreadPoolExecutor(options.jobs).map(tried, names), strict=True):
                 layers = ", ".join(f"{count} {kind}" for kind, count in sorted(verdict.layers.items()))
                 print(f"{name:40} {verdict.word:8} {layers:34} {verdict.said}", flush=True)
                 result["bases"][name] = vars(verdict) | {"seconds": round(verdict.seconds, 1)}

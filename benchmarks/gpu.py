@@ -48,8 +48,8 @@ def parts(device: str, kernel: Path | None, gpus: int) -> dict[str, Part]:
     found: dict[str, Part] = {
         "kernel": (1, [sys.executable, str(HERE / "kernel.py"), *other]),
         "steps": (4, command("steps.py", "--pairs", "10", "--without-training", *other)),
-        "loop": (2, command("loop.py")),
-        "bases": (3, command("bases.py")),
+        "loop": (3, command("loop.py")),
+        "bases": (3, command("bases.py", "--jobs", "6")),
     }
     if gpus > 1:
         found["loop on all GPUs"] = (2, command("loop.py", "--ranks", str(gpus)))
@@ -99,8 +99,9 @@ def main(arguments: list[str] | None = None) -> None:
     if unknown:
         parser.error(f"--only is {', '.join(sorted(unknown))}; on this device there are {', '.join(known)}")
     chosen = {name: part for name, part in known.items() if name in (options.only or known)}
+    begun = time.time()
     missing = run_all(chosen, options.out, options.minutes * 60)
-    print(f"\n{card or 'CPU'}, {gpus} GPUs", *figures(options.device, options.out), sep="\n")
+    print(f"\n{card or 'CPU'}, {gpus} GPUs", *figures(options.device, options.out, begun), sep="\n")
     if gpus < 2:
         missing["several GPUs"] = f"torch sees {gpus}"
     for name, why in missing.items():

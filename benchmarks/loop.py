@@ -170,14 +170,15 @@ def table(times: dict[str, Any], free: slice, waiting: slice) -> dict[str, Any]:
     rest = {clock: round(whole[clock] - told[clock], 3) for clock in whole}
     parts["SimpleTuner: all else in its loop"] = rest
     step_ms = 1e3 * statistics.mean(walls[free])
-    plugin = sum(parts[part]["step_ms"] for part in PLUGIN)
+    plugin, first = (sum(parts[part][clock] for part in PLUGIN) for clock in ("step_ms", "first_ms"))
     return {
         "steps": len(walls),
         "parts": parts,
         "step_ms": round(step_ms, 3),
         "waiting_step_ms": round(whole["step_ms"], 3),
         "plugin_share": round(plugin / step_ms, 4),
-        "plugin_start_seconds": round(sum(parts[part]["first_ms"] for part in PLUGIN) / 1e3, 3),
+        # What it takes in the first steps and before them beyond what it takes in every step.
+        "plugin_start_seconds": round(max(0.0, first - FIRST * plugin) / 1e3, 3),
     }
 
 

@@ -88,25 +88,25 @@ def bases_words(result: dict[str, Any]) -> str:
     return f"{len(result['bases'])} bases and modes: " + ", ".join(f"{n} {word}" for word, n in words.most_common())
 
 
-def figures(device: str, folder: Path) -> list[str]:
-    """What was measured on a device, a line for each figure, what a user wants to know first."""
-    steps, kernels, bases = (load(f"{name}-{device}", folder) for name in ("steps", "kernel", "bases"))
-    runs = steps["runs"] if steps else []
-    lines = [users_words(run, steps["machine"]["device"]) for run in runs if steps and "samples_per_second" in run]
-    loops = sorted(folder.glob(f"loop-{device}*.json"))
-    lines += [loop_words(found) for path in loops if (found := load(path.stem, folder))]
-    if found := load(f"hooks-{device}", folder):
-        lines += [
-            f"{title(name)}, the hooks of a block: {us} us of the host" for name, (_, us) in found["models"].items()
-        ]
-    for run in runs:
-        name = f"{title(run['model'])}, batch {run['batch']}"
-        lines.append(f"{name}: the hooks of a block take {run['host_us_per_block']:.0f} us of the host")
-        for label, found in run["ways"].items():
-            clock = found.get("device") or found.get("cpu")
-            lines.append(f"{name}, {label}: {clock['ratio'] if clock else 'out of memory'} of the bare forward")
-    lines += [kernel_line(row) for row in kernels["rows"]] if kernels else []
-    return [*lines, *([bases_words(bases)] if bases else [])]
+def figures(device: str, folder: Path, since: float = 0.0) -> list[str]:
+    """What was measured on a device, a line for each figure, what a user wants to know first.
+
+    since: the time of the oldest result that counts, in seconds since the epoch.
+    """
+    names = {path.stem for path in folder.glob("*.json") if path.stat().st_mtime >= since}
+    found = {name: load(name, folder) or {} for name in sorted(names)}
+    steps = found.get(f"steps-{device}", {"runs": []})
+    lines = [users_words(run, steps["machine"]["device"]) for run in steps["runs"] if "samples_per_second" in run]
+    lines += [loop_words(result) for name, result in found.items() if name.startswith(f"loop-{device}")]
+    for name, (blocks, us) in found.get(f"hooks-{device}", {"models": {}})["models"].items():
+        lines.append(f"{title(name)}, the hooks of each of {blocks} blocks: {us} us of the host")
+    for run in steps["runs"]:
+        for label, way in run["ways"].items():
+            clock = way.get("device") or way.get("cpu")
+            ratio = f"{clock['ratio']} of the bare forward" if clock else "out of memory"
+            lines.append(f"{title(run['model'])}, batch {run['batch']}, {label}: {ratio}")
+    lines += [kernel_line(row) for row in found.get(f"kernel-{device}", {"rows": []})["rows"]]
+    return lines + [bases_words(result) for name, result in found.items() if name == f"bases-{device}"]
 
 
 def kernel_line(row: dict[str, Any]) -> str:
@@ -241,8 +241,8 @@ def hooks(result: dict[str, Any]) -> str:
     return f"""{about(result["machine"])}
 
 The time of Python and of torch's dispatcher that the hooks of a block take, with both readings, the arithmetic left out
-(a narrow model, and a kernel that does nothing). A GPU computes meanwhile: as long as a block gives it more to do than
-the host, nothing waits for this. A block of {", of ".join(device)}.
+(a narrow model, and a kernel that does nothing), in the step that was least disturbed. A GPU computes meanwhile: as
+long as a block gives it more to do than the host, nothing waits for this. A block of {", of ".join(device)}.
 
 {table(["a narrow model with the blocks of", "blocks", "host time of the hooks per block"], rows)}"""
 
@@ -318,7 +318,8 @@ def bases(result: dict[str, Any]) -> str:
     for name, found in result["bases"].items():
         layers = ", ".join(f"{count} {kind}" for kind, count in sorted(found["layers"].items()))
         rows.append([f"`{name}`", found["word"], layers, found["said"].replace("|", "\\|")])
-    return f"""{about(result["machine"])} {bases_words(result)}.
+    cut = "" if result["complete"] else " Not all were tried in this run: its time was limited."
+    return f"""{about(result["machine"])} {bases_words(result)}.{cut}
 
 {table(["base or mode", "verdict", "linear layers", "largest difference of a distance, or why not"], rows)}"""
 

@@ -74,6 +74,7 @@ class SimpleTuner:
         )
         self._pids: queue.Queue[int] = queue.Queue()
         self._codes: dict[int, queue.Queue[int]] = {}
+        self._starting = threading.Lock()
         assert self._process.stdout is not None
         first = self._process.stdout.readline()
         assert first and json.loads(first) == {"ready": True}, log.read_text()[-4000:]
@@ -109,8 +110,9 @@ class SimpleTuner:
             "setup": f"{TESTS / setup}" if setup else "",
         }
         assert self._process.stdin is not None
-        print(json.dumps(job), file=self._process.stdin, flush=True)
-        pid = self._pids.get(timeout=600)
+        with self._starting:
+            print(json.dumps(job), file=self._process.stdin, flush=True)
+            pid = self._pids.get(timeout=600)
         return Started(pid, cwd / log, self._codes.setdefault(pid, queue.Queue()))
 
     def start_ranks(

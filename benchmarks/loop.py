@@ -6,10 +6,11 @@
     python benchmarks/loop.py --model tiny            the tiny SD3 of examples/tiny_sd3.py, or one of denoisers.SHAPES
     python benchmarks/loop.py --folder F --env NAME   an environment of your own, with a real model
 
-The real SimpleTuner runs; its functions and the plugin's are timed on the host by the clock, each without those inside
-it. On a GPU the host runs ahead of the device, and what waits for it shows as the part that waits; so in the second
-half of the steps every part of SimpleTuner's waits until the device is done. The parts come from there, how long a step
-takes from the first half. Writes results/loop-DEVICE.json, with several ranks loop-DEVICE-RANKS.json.
+The real SimpleTuner runs; its functions and the plugin's are timed on the host, each without those inside it: on a CPU
+by the process' CPU time, which other programs hardly change, on a GPU by the clock. There the host runs ahead of the
+device, and what waits for it shows as the part that waits; so in the second half of the steps every part of
+SimpleTuner's waits until the device is done. The parts come from there, how long a step takes from the first half.
+Writes results/loop-DEVICE.json, with several ranks loop-DEVICE-RANKS.json.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import argparse
 import atexit
 import functools
 import json
+import math
 import os
 import shutil
 import statistics
@@ -34,6 +36,7 @@ from typing import Any
 import torch
 from denoisers import SHAPES, denoiser
 from measure import RESULTS, device_name, machine, save
+from tables import loop_words
 
 ROOT = Path(__file__).parent.parent
 TIMES = "loop-times.json"
@@ -86,21 +89,22 @@ class Clock:
 
     def __init__(self, wait_from: float) -> None:
         self.wait_from = wait_from
+        self.now = time.process_time if wait_from == math.inf else time.perf_counter
         self.steps: list[dict[str, float]] = [defaultdict(float)]
-        self.ends: list[float] = [time.perf_counter()]
+        self.ends: list[float] = [self.now()]
         self._inside: list[float] = []
 
     def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
             self._wait(part)
-            began = time.perf_counter()
+            began = self.now()
             self._inside.append(0.0)
             try:
                 return function(*args, **kwargs)
             finally:
                 self._wait(part)
-                whole, inner = time.perf_counter() - began, self._inside.pop()
+                whole, inner = self.now() - began, self._inside.pop()
                 self.steps[-1][part] += whole - inner
                 if self._inside:
                     self._inside[-1] += whole
@@ -112,11 +116,11 @@ class Clock:
             torch.cuda.synchronize()
 
     def loop_begins(self) -> None:
-        self.steps[-1][LOADING] = time.perf_counter() - self.ends[0] - sum(self.steps[-1].values())
+        self.steps[-1][LOADING] = self.now() - self.ends[0] - sum(self.steps[-1].values())
 
     def step_ended(self) -> None:
         self.steps.append(defaultdict(float))
-        self.ends.append(time.perf_counter())
+        self.ends.append(self.now())
 
 
 def watch() -> None:
@@ -213,8 +217,8 @@ def measured(
     free, waiting = (later, later) if device == "cpu" else (slice(FIRST, half), slice(half, None))
     found = table(json.loads(times.read_text()), free, waiting)
     times.unlink()
-    rate = batch * ranks / found["step_ms"] * 1e3
-    return {"batch": batch, "ranks": ranks, "samples_per_second": round(rate, 3)} | found
+    rate = {} if device == "cpu" else {"samples_per_second": round(batch * ranks / found["step_ms"] * 1e3, 3)}
+    return {"batch": batch, "ranks": ranks} | rate | found
 
 
 def made(model: str, folder: Path, device: str) -> str:
@@ -281,8 +285,7 @@ def main(arguments: list[str] | None = None) -> None:
             simpletuner.close()
     for part, times in found["parts"].items():
         print(f"{part:50} {times['step_ms']:9.2f} ms a step {times['first_ms']:9.0f} ms in the first {FIRST}")
-    print(f"the probe: {found['plugin_share']:.2%} of a step, {found['plugin_start_seconds']} s of the start")
-    print(f"{model}, {options.ranks} ranks, batch {found['batch']}: {found['samples_per_second']} samples a second")
+    print(loop_words({"model": model} | found))
     file = f"loop-{options.device}" + (f"-{options.ranks}" if options.ranks > 1 else "")
     save(file, {"machine": machine(name), "model": model} | found, options.out)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,20 +66,12 @@ def pixels(run: dict[str, Any]) -> int:
 def loop_words(result: dict[str, Any]) -> str:
     """The same of a run of loop.py."""
     ranks = f", {result['ranks']} ranks" if result["ranks"] > 1 else ""
+    rate = f"{result['samples_per_second']:.1f} samples a second, " if "samples_per_second" in result else ""
+    clock = "ms" if rate else "ms of CPU time"
     return (
         f"{title(result['model'])} in SimpleTuner's loop, batch {result['batch']}{ranks}: "
-        f"{result['samples_per_second']:.1f} samples a second, {result['step_ms']:.0f} ms a step, of which the probe "
-        f"has {result['plugin_share']:.1%} on the host, and {result['plugin_start_seconds']:.2f} s of the start"
-    )
-
-
-def seen_words(seen: dict[str, Any]) -> str:
-    """The same of a run that was only watched."""
-    low, high = seen["samples_per_second"]
-    return (
-        f"{title(seen['model'])} in SimpleTuner's loop, {seen['side']} px, batch {seen['batch']}, "
-        f"{seen['machine']['device']}: {low} to {high} samples a second after {seen['first_steps_seconds']} s for the "
-        f"first four, {seen['gigabytes']} GB; {seen['samples']} samples in {seen['seconds']:.0f} s ({seen['how']})"
+        f"{rate}{result['step_ms']:.0f} {clock} a step, of which the probe has {result['plugin_share']:.1%} on the "
+        f"host, and {result['plugin_start_seconds']:.2f} s of the start"
     )
 
 
@@ -205,44 +197,68 @@ The `.pth` file adds {added["median"]:.2f} ms ({added["first_quartile"]:.2f} to 
 start of the environment's Python. `layerprobe --help` takes {helped["median"]:.3f} s."""
 
 
-def first() -> Iterator[str]:
-    """What a user wants to know first, a line for each answer."""
-    on_gpu, stored = load("steps-cuda"), load("analysis")
-    if on_gpu:
-        for run in on_gpu["runs"]:
-            yield f"{users_words(run, on_gpu['machine']['device'])}: this is the forward with the probe in it."
-        added = [f"{run['ways'][PROBE]['device']['ratio'] - 1:.1%}" for run in on_gpu["runs"]]
-        memory = max(run["ways"][PROBE]["extra_peak_bytes"] for run in on_gpu["runs"])
-        yield f"The probe adds {' and '.join(added)} to these forwards, and {size(memory)} of memory at most."
-    measured, seen = load("loop-cuda"), load("loop-h200-seen")
-    if measured:
-        yield f"{loop_words(measured)}."
-    elif seen:
-        yield f"{seen_words(seen)}."
-    if stored:
+def first(result: dict[str, Any]) -> str:
+    """What a user wants to know first, a column for each model of steps.py: `result` is a GPU's."""
+    unknown = "not measured"
+
+    def ablated(run: dict[str, Any]) -> str:
+        rate = run.get("ablated_samples_per_second")
+        return f"{200 / rate / 60:.1f} minutes" if rate else unknown
+
+    def looped(run: dict[str, Any]) -> str:
+        measured, seen = load("loop-cuda"), load("loop-h200-seen")
+        if measured and (measured["model"], measured["batch"]) == (run["model"], run["batch"]):
+            return f"{measured['samples_per_second']:.1f}"
+        if seen and (seen["model"], seen["batch"]) == (run["model"], run["batch"]):
+            low, high = seen["samples_per_second"]
+            return f"{low} to {high}, after {seen['first_steps_seconds']} s for the first four; {seen['gigabytes']} GB"
+        return unknown
+
+    questions: dict[str, Callable[[dict[str, Any]], str]] = {
+        "samples a second": lambda run: f"**{run['samples_per_second']:.1f}**",
+        "2,000 samples": lambda run: f"**{2000 / run['samples_per_second'] / 60:.1f} minutes**",
+        "GPU memory": lambda run: f"**{run['bare']['allocated_bytes'] / 1e9:.1f} GB**",
+        "what the probe adds to the forward's time": lambda run: f"{run['ways'][PROBE]['device']['ratio'] - 1:.1%}",
+        "what it adds to the memory": lambda run: size(run["ways"][PROBE]["extra_peak_bytes"]),
+        "samples a second in SimpleTuner's loop": looped,
+        "200 samples with every block left out": ablated,
+    }
+    runs = [run for run in result["runs"] if PROBE in run["ways"]]
+    head = [f"{title(run['model'])}, {pixels(run)} px, batch {run['batch']}" for run in runs]
+    rows = [[question, *map(answer, runs)] for question, answer in questions.items()]
+    return f"""On an {result["machine"]["device"]}, in bf16:
+
+{table(["", *head], rows)}
+
+The first lines are the forward with the probe in it, with random weights of the real shapes; SimpleTuner's loop, the
+same as in a training, comes on top."""
+
+
+def small_things() -> Iterator[str]:
+    """What a run costs elsewhere."""
+    if stored := load("analysis"):
         bytes_a_sample = stored["storage_bytes_per_sample"]["run folder, two readings, 1,000 samples a flush"]
         fastest = min(way["seconds"] for way in stored["ways"].values())
-        yield (
-            f"On disk: {bytes_a_sample / 1e3:.2f} kB a sample of SD3.5 Large, {size(round(2000 * bytes_a_sample))} for "
-            f"2,000. From {stored['samples']:,} samples to factors: {fastest:.1f} s on a CPU."
-        )
+        yield f"2,000 samples of SD3.5 Large take {size(round(2000 * bytes_a_sample))} on disk."
+        yield f"{stored['samples']:,} samples become factors in {fastest:.1f} s on a CPU."
     if started := load("startup"):
-        yield f"Where nothing is probed: {started['autoload']['added_ms']['median']:.1f} ms at each start of Python."
+        added = started["autoload"]["added_ms"]["median"]
+        yield f"Where it is installed and not used, the plugin adds {added:.1f} ms to each start of Python."
 
 
 def hooks(result: dict[str, Any]) -> str:
     rows = [[title(model), blocks, f"{us:.0f} us"] for model, (blocks, us) in result["models"].items()]
     on_gpu = load("steps-cuda")
-    device = [
-        f"{title(run['model'])} takes an {on_gpu['machine']['device']} "
-        f"{run['ways'][PROBE]['device']['base_seconds'] / run['blocks'] * 1e6:.0f} us"
+    times = [
+        f"{title(run['model'])} {run['ways'][PROBE]['device']['base_seconds'] / run['blocks'] * 1e3:.1f} ms"
         for run in (on_gpu["runs"] if on_gpu else [])
     ]
+    beside = f" Beside it, a block on an {on_gpu['machine']['device']}: {', '.join(times)}." if on_gpu else ""
     return f"""{about(result["machine"])}
 
 The time of Python and of torch's dispatcher that the hooks of a block take, with both readings, the arithmetic left out
 (a narrow model, and a kernel that does nothing), in the step that was least disturbed. A GPU computes meanwhile: as
-long as a block gives it more to do than the host, nothing waits for this. A block of {", of ".join(device)}.
+long as a block gives it more to do than the host, nothing waits for this.{beside}
 
 {table(["a narrow model with the blocks of", "blocks", "host time of the hooks per block"], rows)}"""
 
@@ -253,7 +269,7 @@ def loop(result: dict[str, Any]) -> str:
 
 {loop_words(result)}.
 
-{table(["part", "ms a step", "ms in the first four steps and before"], rows)}
+{table(["part", "ms a step", "ms in all before the fifth"], rows)}
 
 What a user can do about the rest: a larger `train_batch_size` (one pass of the loop for more samples) and
 `dataloader_prefetch` (the next batch is read during the forward)."""
@@ -270,15 +286,15 @@ def several_gpus() -> str:
 
 
 def page() -> str:
-    answers = "\n".join(f"- {answer}" for answer in first())
-    parts = [
-        f"""# What it costs
-
-{answers}
-
-All with random weights of the real shapes, in bf16. `python benchmarks/gpu.py` measures a GPU in ten minutes,
-`make bench` a CPU, and `benchmarks/tables.py` writes this page from benchmarks/results/."""
-    ]
+    on_gpu = load("steps-cuda")
+    parts = ["# What it costs"]
+    if on_gpu:
+        parts.append(first(on_gpu))
+    parts += small_things()
+    parts.append(
+        """`python benchmarks/gpu.py` measures a GPU in ten minutes, `make bench` a CPU, and `benchmarks/tables.py`
+writes this page from benchmarks/results/. What was not measured stands at the end."""
+    )
     sections = [
         ("steps-cuda", "A step on a GPU", lambda result: steps(result, "device")),
         ("kernel-cuda", "The fused kernel", kernel),
@@ -304,11 +320,11 @@ All with random weights of the real shapes, in bf16. `python benchmarks/gpu.py` 
 def not_measured(missing: Sequence[str]) -> str:
     """What this page lacks. missing: the titles of whole sections."""
     lacks = ["Cards other than those named above.", "Bases and offloading on a GPU: [bases.md](bases.md) has a CPU's."]
-    lacks += [f"{title_of}." for title_of in missing]
+    lacks += [f"*{title_of}.*" for title_of in missing if title_of != "The fused kernel"]
     if "The fused kernel" in missing:
         lacks.append(
-            "The steps on a GPU with today's fused kernel: they were measured with the one before, which read each "
-            "state twice and left the residual readings to torch's operations."
+            "*The fused kernel* of today: the steps on a GPU were measured with the one before, which read each state "
+            "twice and left the residual readings to torch's operations."
         )
     return "## Not measured\n\n" + "\n".join(f"- {what}" for what in lacks)
 

@@ -165,7 +165,6 @@ def test_the_parts_of_a_step_add_up(
     seen = (loop.HOOKS, "the probe: before and after a step", loop.FORWARD)
     assert all(found["parts"][part]["step_ms"] > 0 for part in seen)
     assert found["parts"][loop.LOADING]["first_ms"] > 0
-    assert found["samples_per_second"] == pytest.approx(1e3 / found["step_ms"], rel=0.01)
     assert not (folder / loop.TIMES).exists()
     run = load_run(tmp_path / "run")
     assert len(run.manifest.streams[0].blocks) == 3 and set(run.facts["width"].tolist()) == {64}

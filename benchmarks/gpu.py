@@ -22,7 +22,6 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
 from measure import RESULTS, device_name
 from tables import figures
 
@@ -54,6 +53,12 @@ def parts(device: str, kernel: Path | None, gpus: int) -> dict[str, Part]:
     if gpus > 1:
         found["loop on all GPUs"] = (2, command("loop.py", "--ranks", str(gpus)))
     return found
+
+
+def gpu_count() -> int:
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def run(command: Sequence[str], seconds: float) -> str:
@@ -93,7 +98,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--kernel", type=Path, help="another angles_kernel.py to measure too")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     options = parser.parse_args(arguments)
-    card, gpus = device_name(options.device), torch.cuda.device_count()
+    card, gpus = device_name(options.device), gpu_count() if options.device == "cuda" else 0
     known = parts(options.device, options.kernel, gpus)
     unknown = set(options.only or ()) - set(known)
     if unknown:
@@ -103,7 +108,7 @@ def main(arguments: list[str] | None = None) -> None:
     missing = run_all(chosen, options.out, options.minutes * 60)
     print(f"\n{card or 'CPU'}, {gpus} GPUs", *figures(options.device, options.out, begun), sep="\n")
     if gpus < 2:
-        missing["several GPUs"] = f"torch sees {gpus}"
+        missing["several GPUs"] = f"there is {gpus}" if gpus else "there is none"
     for name, why in missing.items():
         print(f"not measured to the end: {name} ({why})")
 

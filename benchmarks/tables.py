@@ -257,8 +257,8 @@ def hooks(result: dict[str, Any]) -> str:
     return f"""{about(result["machine"])}
 
 The time of Python and of torch's dispatcher that the hooks of a block take, with both readings, the arithmetic left out
-(a narrow model, and a kernel that does nothing), in the step that was least disturbed. A GPU computes meanwhile: as
-long as a block gives it more to do than the host, nothing waits for this.{beside}
+(a narrow model, and a kernel that does nothing), each in the step in which it was least disturbed. A GPU
+computes meanwhile: as long as a block gives it more to do than the host, nothing waits for this.{beside}
 
 {table(["a narrow model with the blocks of", "blocks", "host time of the hooks per block"], rows)}"""
 
@@ -271,8 +271,9 @@ def loop(result: dict[str, Any]) -> str:
 
 {table(["part", "ms a step", "ms in all before the fifth"], rows)}
 
-What a user can do about the rest: a larger `train_batch_size` (one pass of the loop for more samples) and
-`dataloader_prefetch` (the next batch is read during the forward)."""
+The wider a model, the smaller the share of its distances. What a user can do about the rest: a larger
+`train_batch_size` (one pass of the loop for more samples) and `dataloader_prefetch` (the next batch is read during the
+forward)."""
 
 
 def several_gpus() -> str:
@@ -290,7 +291,7 @@ def page() -> str:
     parts = ["# What it costs"]
     if on_gpu:
         parts.append(first(on_gpu))
-    parts += small_things()
+    parts.append("\n".join(f"- {thing}" for thing in small_things()))
     parts.append(
         """`python benchmarks/gpu.py` measures a GPU in ten minutes, `make bench` a CPU, and `benchmarks/tables.py`
 writes this page from benchmarks/results/. What was not measured stands at the end."""

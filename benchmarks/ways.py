@@ -134,7 +134,7 @@ def with_kernel(way: Way, kernel: Kernel | None) -> Way:
 def host_us(subject: Subject, steps: int = 10) -> float:
     """What the hooks of one block cost the host: microseconds of this thread, launches included, arithmetic not.
 
-    Of the step that was least disturbed. On a CPU a kernel that does nothing stands for the angles'.
+    Of each hook the run that was least disturbed. On a CPU a kernel that does nothing stands for the angles'.
     """
     probe = Probe(subject)
     observer, spent = probe.observer, []
@@ -155,8 +155,9 @@ def host_us(subject: Subject, steps: int = 10) -> float:
         for _ in range(2 + steps):
             step()
     blocks = len(observer.blocks)
-    a_step = [sum(spent[start : start + 2 * blocks]) for start in range(4 * blocks, len(spent), 2 * blocks)]
-    return round(min(a_step) / blocks * 1e6, 1)
+    calls = 2 * blocks
+    least = [min(spent[number + 2 * calls :: calls]) for number in range(calls)]
+    return round(sum(least) / blocks * 1e6, 1)
 
 
 def train(checkpointing: bool) -> Way:

@@ -54,7 +54,7 @@ def test_a_gpus_benchmarks_where_there_is_none(tmp_path: Path) -> None:
     assert any(
         re.match(r"flux-tiny, batch 1, probe, both readings: [0-9.]+ of the bare forward", line) for line in table
     )
-    assert table[-1] == "not measured to the end: several GPUs (torch sees 0)"
+    assert table[-1] == "not measured to the end: several GPUs (there is none)"
 
 
 def test_a_part_that_is_cut_leaves_its_rows_and_nothing_running(

@@ -11,7 +11,7 @@ import importlib.util
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -102,17 +102,26 @@ class Ablated(Probe):
 
 
 def other_kernel(path: Path) -> Kernel:
-    """The kernel of another angles_kernel.py; of one that has the angles only, with torch's operations for the rest."""
+    """The kernel of another angles_kernel.py, with a launch for each state before.
+
+    Of one that has the angles only, with torch's operations for the updates.
+    """
     spec = importlib.util.spec_from_file_location("other_kernel", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    if hasattr(module, "changes"):
-        return module.changes  # type: ignore[no-any-return]
-    return lambda u_BSD, v_BSD, updates: (
-        module.angles(u_BSD, v_BSD),
-        *(token_updates(u_BSD, v_BSD) if updates else ()),
-    )
+
+    def changes(u_BSD: torch.Tensor, v_BSD: torch.Tensor, updates: bool) -> tuple[torch.Tensor, ...]:
+        if hasattr(module, "changes"):
+            return tuple(module.changes(u_BSD, v_BSD, updates))
+        return module.angles(u_BSD, v_BSD), *(token_updates(u_BSD, v_BSD) if updates else ())
+
+    def kernel(
+        u_BSD: torch.Tensor, v_BSD: torch.Tensor, updates: bool, earlier_BSD: Sequence[torch.Tensor] = ()
+    ) -> tuple[torch.Tensor, ...]:
+        return *changes(u_BSD, v_BSD, updates), *(changes(state_BSD, v_BSD, False)[0] for state_BSD in earlier_BSD)
+
+    return kernel
 
 
 def with_kernel(way: Way, kernel: Kernel | None) -> Way:
@@ -150,7 +159,7 @@ def host_us(subject: Subject, steps: int = 10) -> float:
     observer._enter_block, observer._leave_block = timed(observer._enter_block), timed(observer._leave_block)  # type: ignore[method-assign]
     way: Way = probe
     if subject.batch["latents"].device.type == "cpu":
-        way = with_kernel(probe, lambda u_BSD, v_BSD, updates: (torch.empty(u_BSD.shape[:2], dtype=torch.float32),))
+        way = with_kernel(probe, lambda u_BSD, *_: (torch.empty(u_BSD.shape[:2], dtype=torch.float32),))
     with way(subject) as step:
         for _ in range(2 + steps):
             step()

@@ -24,7 +24,7 @@ from simpletuner_layerprobe.commands.arguments import (
 from simpletuner_layerprobe.commands.imports import light, named_model
 from simpletuner_layerprobe.commands.lokr_output import Frozen, as_json, print_factors, print_plan
 from simpletuner_layerprobe.commands.lokr_size import MANY_TIMES, Size, other_json, other_lines, other_reading
-from simpletuner_layerprobe.commands.output import OK, print_json, print_line, sample_warnings, say, warn
+from simpletuner_layerprobe.commands.output import OK, print_json, print_line, print_text, sample_warnings, say, warn
 from simpletuner_layerprobe.errors import ConfigError
 from simpletuner_layerprobe.targets import CONFIG, require_file
 
@@ -217,7 +217,7 @@ def command(arguments: argparse.Namespace) -> int:
         print_line(line, wide=arguments.wide)
     for path in written:
         say(f"written: {path}")
-    say(following)
+    print_text("", following, wide=arguments.wide)
     return OK
 
 

@@ -85,7 +85,6 @@ class Budget:
             raise ConfigError(f"blocks with factor 1 are for lokr; {algo} has ranks")
         self.groups = tuple(groups)
         self.parameters = parameters
-        self._algo = algo
         self._direction = direction
         self._contrast = contrast
         chains: dict[tuple[str, str, str], list[int]] = {}

@@ -39,9 +39,9 @@ def enough_line(samples: str, sure: Confidence, goal: str, times: int | None) ->
     `times_to_settle` says."""
     if sure.settled:
         return f"{samples}, enough for {goal}: {sure.text()}"
-    more = f"all would take far more {sure.unit}s"
+    more = f"settling all would take far more {sure.unit}s"
     if times is not None:
-        more = f"all would take about {times} times the {sure.unit}s"
+        more = f"settling all would take about {times} times the {sure.unit}s"
     return f"{samples}, not enough for all of {goal}: {sure.text()}" + (f"; {more}" if sure.enough else "")
 
 

@@ -24,7 +24,6 @@ from simpletuner_layerprobe.lokr.check import Check
 from simpletuner_layerprobe.lokr.network import fresh_wrapper, silent
 from simpletuner_layerprobe.lokr.origin import origin
 from simpletuner_layerprobe.lokr.proof import check_config
-from simpletuner_layerprobe.lokr.splits import splits
 from simpletuner_layerprobe.probe.modules import module_table, norm_widths
 from simpletuner_layerprobe.run.manifest import Module
 
@@ -569,7 +568,7 @@ def test_the_split_is_what_lycoris_built(factor, more, model, table):
     for lora in network(config, model).loras:
         shapes = [tuple(p.shape) for key, p in lora.named_parameters()]
         real.setdefault(tuple(lora.org_module[0].weight.shape), []).append(shapes)
-    lines = splits(check_config(config, table).rows)
+    lines = check_config(config, table).splits
     assert len(lines) == len(real)
     for line in lines:
         asked, out, inner, text, numbers, count = re.fullmatch(

@@ -132,7 +132,7 @@ def test_status_judges_the_preset_asked_for_and_else_the_runs_own(layerprobe: Co
 
 
 def test_status_says_how_many_images_would_settle_all(layerprobe: Command, tiny_run: Path, tmp_path: Path) -> None:
-    assert re.search(r"; all would take about \d+ times the images\.$", status(layerprobe, tiny_run))
+    assert re.search(r"; settling all would take about \d+ times the images\.$", status(layerprobe, tiny_run))
     many = write_run(tmp_path / "long", TINY, 60_000, seed=1, modules=sd3_modules(6)).path
     assert "samples, enough for the article's plan: 6 of 6 factors settled for these images: " in status(
         layerprobe, many

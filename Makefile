@@ -17,6 +17,8 @@ SHELL = /bin/sh
 BIN = .venv/bin
 STAMP = .venv/layerprobe-setup
 OLDEST = 4.8.0
+# A file to one of two workers, in the order of testpaths: what its tests share is made once, the long files are first.
+WORKERS = -n 2 --dist loadfile --no-loadscope-reorder
 export PYTHON
 
 .PHONY: setup demo check test test-oldest families statistics bench faults fuzz lint clean
@@ -37,11 +39,10 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 check: lint
-	$(BIN)/pytest -n 2 --dist loadfile tests/unit --ignore tests/unit/test_cli_imports.py
+	$(BIN)/pytest $(WORKERS) tests/unit --ignore tests/unit/test_cli_imports.py
 
-# Two workers, a file to one of them: what its tests share is made once.
 test: lint
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest $(WORKERS)
 
 test-oldest:
 	@sed 's/^simpletuner==.*/simpletuner==$(OLDEST)/' constraints.txt > .venv-oldest.txt

@@ -115,14 +115,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=1, help="how many runs at the same time")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the result")
     options = parser.parse_args(arguments)
-    from pipelines import EXAMPLES, make_pipeline
-    from real import SimpleTuner
+    from real import EXAMPLES, SimpleTuner
 
     result: dict[str, Any] = {"machine": machine(device_name(options.device)), "bases": {}, "complete": False}
     with tempfile.TemporaryDirectory() as temporary:
-        tiny = Path(temporary, "tiny")
-        make_pipeline(EXAMPLES / "tiny_sd3.py", "--out", tiny, "--images", str(SAMPLES))
         simpletuner = SimpleTuner(Path(temporary, "server.txt"))
+        tiny = Path(temporary, "tiny")
         names = list(options.only or BASES)
         if RANKS in names and options.device == "cuda" and torch.cuda.device_count() < 2:
             print(f"{RANKS:40} not measured: there is one GPU")
@@ -133,6 +131,7 @@ def main(arguments: list[str] | None = None) -> None:
             return judged(simpletuner, folder, BASES[name], options.device, 2 if name == RANKS else 1)
 
         try:
+            simpletuner.pipeline(tiny, EXAMPLES / "tiny_sd3.py", "--out", tiny, "--images", SAMPLES)
             for name, verdict in zip(names, ThreadPoolExecutor(options.jobs).map(tried, names), strict=True):
                 layers = ", ".join(f"{count} {kind}" for kind, count in sorted(verdict.layers.items()))
                 print(f"{name:40} {verdict.word:8} {layers:34} {verdict.said}", flush=True)

@@ -221,15 +221,15 @@ def measured(
     return {"batch": batch, "ranks": ranks} | rate | found
 
 
-def made(model: str, folder: Path, device: str) -> str:
+def made(simpletuner: Any, model: str, folder: Path, device: str) -> str:
     """Make a folder for `simpletuner train`, and say which environment in it is meant."""
-    from pipelines import EXAMPLES, make_pipeline
+    from real import EXAMPLES
 
     if model == "emoji":
         shutil.copytree(EXAMPLES / "emoji", folder)
         subprocess.run([sys.executable, "unpack.py"], cwd=folder, check=True, stdout=subprocess.DEVNULL)
         return "emoji-demo"
-    make_pipeline(EXAMPLES / "tiny_sd3.py", "--out", folder)
+    simpletuner.pipeline(folder, EXAMPLES / "tiny_sd3.py", "--out", folder)
     if model != "tiny":
         real_shapes(folder, model, device)
     return "tiny-probe"
@@ -275,11 +275,11 @@ def main(arguments: list[str] | None = None) -> None:
 
     with tempfile.TemporaryDirectory() as temporary:
         folder, env = options.folder, options.env
-        if folder is None:
-            folder = Path(temporary, "pipeline")
-            env = made(model, folder, options.device)
         simpletuner = SimpleTuner(Path(temporary, "server.txt"))
         try:
+            if folder is None:
+                folder = Path(temporary, "pipeline")
+                env = made(simpletuner, model, folder, options.device)
             found = measured(simpletuner, folder, env, options.steps, options.device, Path(temporary), options.ranks)
         finally:
             simpletuner.close()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+from real import EXAMPLES, TESTS, SimpleTuner
 
 # Examples may take long on a busy machine; that says nothing about the code.
 hypothesis.settings.register_profile(
@@ -15,39 +16,36 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("steady")
 
-TESTS = Path(__file__).parent
 for folder in (TESTS, *(TESTS / name for name in ("unit", "torch", "simpletuner", "statistics", "robustness"))):
     sys.path.insert(0, str(folder))
 
 
 @pytest.fixture(scope="session")
-def simpletuner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
+def simpletuner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleTuner]:
     """The real SimpleTuner, imported once for all tests that ask for it."""
-    from real import SimpleTuner
-
     server = SimpleTuner(tmp_path_factory.mktemp("server") / "stderr.txt")
     yield server
     server.close()
 
 
 @pytest.fixture(scope="session")
-def tiny_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_sd3(simpletuner: SimpleTuner, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny SD3 pipeline with its photographs and the environment `tiny-probe`."""
-    from pipelines import EXAMPLES, make_pipeline
-
     folder = tmp_path_factory.mktemp("pipeline") / "tiny"
-    make_pipeline(EXAMPLES / "tiny_sd3.py", "--out", folder, "--images", "6")
+    simpletuner.pipeline(folder, EXAMPLES / "tiny_sd3.py", "--out", folder, "--images", 6)
+    # Its captions are encoded once for all runs.
+    copy = Path(shutil.copytree(folder, folder.with_name("encoded")))
+    result = simpletuner.run(copy, "tiny-probe", argv=["--layerprobe_samples=1"])
+    assert result.code == 0, result.log[-4000:]
+    shutil.copytree(copy / "cache" / "text", folder / "cache" / "text")
     return folder
 
 
 @pytest.fixture(scope="session")
-def tiny_flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_flux(simpletuner: SimpleTuner, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with a Flux pipeline."""
-    from pipelines import make_pipeline
-
     folder = tmp_path_factory.mktemp("flux") / "tiny"
-    make_pipeline(TESTS / "tiny_flux.py", folder)
-    return folder
+    return simpletuner.pipeline(folder, TESTS / "tiny_flux.py", folder)
 
 
 @pytest.fixture

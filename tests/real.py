@@ -9,13 +9,16 @@ import re
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 TESTS = Path(__file__).parent
+EXAMPLES = TESTS.parent / "examples"
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -63,6 +66,7 @@ class SimpleTuner:
 
     def __init__(self, log: Path) -> None:
         self._stderr = log.open("w")
+        path = os.pathsep.join(filter(None, (str(EXAMPLES), os.environ.get("PYTHONPATH"))))
         self._process = subprocess.Popen(
             [sys.executable, str(TESTS / "simpletuner_server.py")],
             stdin=subprocess.PIPE,
@@ -70,7 +74,7 @@ class SimpleTuner:
             stderr=self._stderr,
             text=True,
             # Off in the server itself: each run switches it on, as the .pth file would.
-            env=os.environ | {"HF_HUB_OFFLINE": "1", "SIMPLETUNER_LAYERPROBE": "0"},
+            env=os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "SIMPLETUNER_LAYERPROBE": "0"},
         )
         self._pids: queue.Queue[int] = queue.Queue()
         self._codes: dict[int, queue.Queue[int]] = {}
@@ -102,18 +106,22 @@ class SimpleTuner:
         log: str = "log.txt",
     ) -> Started:
         """Start `train.py` for the SimpleTuner environment `env` of the folder `cwd`."""
-        job = {
-            "cwd": str(cwd),
-            "log": str(cwd / log),
-            "environment": ENVIRONMENT | {"ENV": env} | (environment or {}),
-            "argv": list(argv),
-            "setup": f"{TESTS / setup}" if setup else "",
-        }
+        return self._start(
+            cwd=str(cwd),
+            out="",
+            log=str(cwd / log),
+            environment=ENVIRONMENT | {"ENV": env} | (environment or {}),
+            script="",
+            argv=list(argv),
+            setup=f"{TESTS / setup}" if setup else "",
+        )
+
+    def _start(self, **job: Any) -> Started:
         assert self._process.stdin is not None
         with self._starting:
             print(json.dumps(job), file=self._process.stdin, flush=True)
             pid = self._pids.get(timeout=600)
-        return Started(pid, cwd / log, self._codes.setdefault(pid, queue.Queue()))
+        return Started(pid, Path(job["log"]), self._codes.setdefault(pid, queue.Queue()))
 
     def start_ranks(
         self, cwd: Path, env: str, ranks: int, *, environment: dict[str, str] | None = None, **options: object
@@ -138,6 +146,25 @@ class SimpleTuner:
 
     def run(self, cwd: Path, env: str, **options: object) -> Result:
         return self.start(cwd, env, **options).result()  # type: ignore[arg-type]
+
+    def script(self, script: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+        """Run a script that imports what SimpleTuner's trainer does, without the seconds that it takes, or the probe.
+
+        Imported modules are as SimpleTuner left them: what depends on that needs a process of its own.
+        """
+        argv = list(map(str, arguments))
+        with tempfile.TemporaryDirectory() as folder:
+            out, log = Path(folder, "out"), Path(folder, "log")
+            job = {"cwd": folder, "out": str(out), "log": str(log), "environment": {"SIMPLETUNER_LAYERPROBE": "0"}}
+            code = self._start(**job, script=str(script), argv=argv, setup="").result().code
+            said = (ANSI.sub("", path.read_text()) for path in (out, log))
+            return subprocess.CompletedProcess([str(script), *argv], code, *said)
+
+    def pipeline(self, folder: Path, script: Path, *arguments: object) -> Path:
+        """The folder in which the script makes a tiny pipeline."""
+        done = self.script(script, *arguments)
+        assert done.returncode == 0, done.stderr
+        return folder
 
     def close(self) -> None:
         assert self._process.stdin is not None and self._process.stdout is not None

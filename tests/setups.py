@@ -343,7 +343,7 @@ def optimizer_states() -> None:
             yield kept
 
     def measured(choice: Any, dtype: torch.dtype) -> float | None:
-        parameter = torch.nn.Parameter(torch.randn(256, 512, dtype=dtype))
+        parameter = torch.nn.Parameter(torch.randn(128, 256, dtype=dtype))
         try:
             optimizer = choice["class"]([parameter], **{**choice["default_settings"], "lr": 1e-4})
             for _ in range(2):

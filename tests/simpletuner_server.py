@@ -1,8 +1,9 @@
 """A process that imports SimpleTuner's trainer once and forks a child for every run that a test asks for.
 
 The import takes most of a minute; a forked run starts at once. It reads one JSON object per line:
-{"cwd", "log", "environment", "argv", "setup"}, runs SimpleTuner's own train.py in the child (after `setup`, a
-"file.py:function" of the tests, if given) and answers {"pid"} at once and {"pid", "code"} at the end.
+{"cwd", "out", "log", "environment", "script", "argv", "setup"}, runs `script` in the child, or SimpleTuner's own
+train.py (after `setup`, a "file.py:function" of the tests, if given), with `out` as its stdout and `log` as its stderr,
+and answers {"pid"} at once and {"pid", "code"} at the end.
 """
 
 from __future__ import annotations
@@ -43,15 +44,18 @@ def main() -> None:
             run(job, train)
         answer(pid=pid)
         threading.Thread(target=wait_for, args=(pid,), daemon=True).start()
+    os._exit(0)  # taking thousands of modules down takes seconds
 
 
 def run(job: dict, train: str) -> None:
     log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(log, 1)
+    os.dup2(os.open(job["out"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC) if job["out"] else log, 1)
     os.dup2(log, 2)
     os.chdir(job["cwd"])
     os.environ.update(job["environment"])
-    sys.argv = ["train.py", *job["argv"]]
+    script = job["script"] or train
+    sys.argv = [os.path.basename(script), *job["argv"]]
+    sys.path[0] = os.path.dirname(script)
     code = 1
     try:
         if os.environ["SIMPLETUNER_LAYERPROBE"] != "0":
@@ -60,7 +64,7 @@ def run(job: dict, train: str) -> None:
             path, function = job["setup"].rsplit(":", 1)
             sys.path.insert(0, os.path.dirname(path))
             runpy.run_path(path)[function]()
-        runpy.run_path(train, run_name="__main__")
+        runpy.run_path(script, run_name="__main__")
         code = 0
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)

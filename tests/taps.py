@@ -99,11 +99,9 @@ def _write() -> None:
             for reading, (last, mean) in further_readings(states, mask).items():
                 further.setdefault(f"{stream}.{reading}_last", []).append(last)
                 further.setdefault(f"{stream}.{reading}_mean", []).append(mean)
+    rank = os.environ["RANK"] if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
     for file, found in (("reference", out), ("further", further)):
-        np.savez(
-            f"{file}{os.environ.get('RANK', '')}.npz",
-            **{name: np.concatenate(values) for name, values in found.items()},
-        )
+        np.savez(f"{file}{rank}.npz", **{name: np.concatenate(values) for name, values in found.items()})
 
 
 def tap_sd3() -> None:

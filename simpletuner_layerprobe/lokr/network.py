@@ -52,7 +52,7 @@ def tensors_on(config: Mapping[str, Any], model: nn.Module) -> dict[str, tuple[n
 
     The tensors have shapes and no numbers, but for alpha.
     """
-    with _weightless():
+    with weightless():
         return {lora.lora_name: (lora.org_module[0], lora.state_dict()) for lora in built_on(config, model)}
 
 
@@ -73,7 +73,7 @@ def built_on(config: Mapping[str, Any], model: nn.Module) -> list[Any]:
     for key in KEPT:
         rest.pop(key, None)
     try:
-        with torch.device("meta"), _weightless(), silent(), _little_garbage():
+        with torch.device("meta"), weightless(), silent(), _little_garbage():
             if preset:
                 wrapper.LycorisNetwork.apply_preset(preset)
             network = wrapper.create_lycoris(model, *by_position, **rest)
@@ -133,8 +133,8 @@ def _wrapper_code() -> tuple[ModuleSpec, CodeType]:
     return spec, code
 
 
-def _weightless() -> Any:
-    """Let LyCORIS run on meta tensors: .cpu() leaves them there, the small tensors of numbers are real."""
+def weightless() -> Any:
+    """Let LyCORIS run on meta tensors, which need no first values: .cpu() leaves them there, small tensors are real."""
     import torch
     from torch.overrides import TorchFunctionMode
 
@@ -143,6 +143,8 @@ def _weightless() -> Any:
             kwargs = kwargs or {}
             if func is torch.Tensor.cpu and args[0].is_meta:
                 return args[0]
+            if getattr(func, "__module__", "") == "torch.nn.init" and kwargs["tensor"].is_meta:
+                return kwargs["tensor"]
             if func is torch.tensor and kwargs.get("device") is None:
                 kwargs = {**kwargs, "device": "cpu"}
             return func(*args, **kwargs)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from simpletuner_layerprobe.errors import ConfigError
 from simpletuner_layerprobe.lokr.groups import layer_kind
+from simpletuner_layerprobe.lokr.network import weightless
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,7 +28,7 @@ def skeleton(modules: Sequence[Module], model_class: str = "") -> nn.Module:
     import torch
     from torch import nn
 
-    with torch.device("meta"):
+    with torch.device("meta"), weightless():
         root: nn.Module = _class(model_class or "Denoiser", nn.Module)()
         built: dict[str, nn.Module] = {"": root}
         for module in modules:

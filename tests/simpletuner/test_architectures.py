@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from command_line import in_a_process
+from real import SimpleTuner
 
 from simpletuner_layerprobe.probe.families import FAMILIES
 
@@ -30,16 +31,16 @@ NAMES = sorted({family.name for family in FAMILIES})
 
 
 @pytest.fixture(scope="module")
-def cases() -> dict[str, list[dict]]:
+def cases(simpletuner) -> dict[str, list[dict]]:
     """What tables.py says of each family's cases."""
     said: dict[str, list[dict]] = {}
-    for line in lines_of("tables.py"):
+    for line in lines_of("tables.py", simpletuner):
         said.setdefault(line["family"], []).append(line)
     return said
 
 
-def lines_of(script: str) -> list[dict]:
-    done = subprocess.run([sys.executable, str(FOLDER / script)], capture_output=True, text=True)
+def lines_of(script: str, simpletuner: SimpleTuner) -> list[dict]:
+    done = simpletuner.script(FOLDER / script)
     assert done.stdout, done.stderr[-4000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -58,8 +59,8 @@ def test_every_entry_of_the_table_was_built(cases):
     assert classes == {(family.name, family.source.partition(":")[2]) for family in FAMILIES}
 
 
-def test_the_layers_of_a_quantised_base_are_those_of_simpletuners_function():
-    lines = lines_of("precisions.py")
+def test_the_layers_of_a_quantised_base_are_those_of_simpletuners_function(simpletuner):
+    lines = lines_of("precisions.py", simpletuner)
     assert len(lines) >= 15
     assert [line for line in lines if line["different"]] == []
     replaced = {kind for line in lines for kind in line["layers"]}
@@ -70,20 +71,25 @@ def test_the_layers_of_a_quantised_base_are_those_of_simpletuners_function():
 
 
 @pytest.fixture
-def check(tmp_path):
-    """Runs check-config in a process of its own, as users do."""
+def check(tmp_path, simpletuner):
+    """Runs check-config, with own_process as users do: in a process that has imported nothing yet."""
     config, model = tmp_path / "lycoris_config.json", tmp_path / "config.json"
     model.write_text(json.dumps(SD3))
 
-    def run(settings: dict, *options: str, on: str = str(model)) -> subprocess.CompletedProcess[str]:
+    def run(
+        settings: dict, *options: str, on: str = str(model), own_process: bool = False
+    ) -> subprocess.CompletedProcess[str]:
         config.write_text(json.dumps(LOKR | settings))
-        return in_a_process("check-config", str(config), "--model", on, *options, stdout=subprocess.PIPE)
+        arguments = ("check-config", str(config), "--model", on, *options)
+        if own_process:
+            return in_a_process(*arguments, stdout=subprocess.PIPE)
+        return simpletuner.script(Path(sys.executable).with_name("layerprobe"), *arguments)
 
     return run
 
 
 def test_a_config_that_depends_on_the_precision(check):
-    plain, quantised = check({}), check({}, "--precision", "int8-quanto")
+    plain, quantised = (check({}, *options, own_process=True) for options in ((), ("--precision", "int8-quanto")))
     assert (plain.returncode, quantised.returncode, plain.stderr, quantised.stderr) == (0, 0, "", "")
     assert ": 0 of 51 modules wrong" in plain.stdout and ": 0 of 14 modules wrong" in quantised.stdout
     note = "note layers are reached by their own class (Conv2d, Linear), of which a quantised base has fewer: say its"

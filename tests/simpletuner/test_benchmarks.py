@@ -148,16 +148,11 @@ def test_the_pages_are_made_from_the_results(tmp_path: Path) -> None:
 
 
 def test_the_parts_of_a_step_add_up(
-    simpletuner: object,
-    tiny_sd3: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    benchmark_module: Callable[[str], Any],
+    simpletuner: object, tmp_path: Path, benchmark_module: Callable[[str], Any]
 ) -> None:
     loop = benchmark_module("loop")
-    monkeypatch.setattr("pipelines.make_pipeline", lambda script, option, folder: shutil.copytree(tiny_sd3, folder))
     folder = tmp_path / "small"
-    assert loop.made("sd3-tiny", folder, "cpu") == "tiny-probe"
+    assert loop.made(simpletuner, "sd3-tiny", folder, "cpu") == "tiny-probe"
     found = loop.measured(simpletuner, folder, "tiny-probe", 8, "cpu", tmp_path)
     assert found["steps"] == 8 and set(found["parts"]) > {loop.FORWARD, loop.LOADING, *loop.PLUGIN, *loop.SIMPLETUNER}
     assert all(times["step_ms"] >= 0 for times in found["parts"].values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -30,10 +31,12 @@ NOT_FIXED = {
 
 
 @pytest.fixture(scope="module")
-def lines() -> list[dict]:
+def lines(simpletuner) -> list[dict]:
     import families_table
 
-    return families_table.run()
+    done = simpletuner.script(families_table.RUNNER)
+    assert done.stdout, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 @pytest.fixture(scope="module")

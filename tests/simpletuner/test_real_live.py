@@ -29,7 +29,7 @@ def test_tensorboard_gets_the_numbers_and_the_heatmaps(simpletuner, tiny):
         max_train_steps=30,
         train_batch_size=4,
         layerprobe_sigmas="stratified",
-        layerprobe_flush_seconds=0.2,
+        layerprobe_flush_seconds=0.1,
         layerprobe_stop_when_stable=0.99,
         report_to="tensorboard,simpletuner",
     )

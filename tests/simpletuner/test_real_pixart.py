@@ -6,17 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pipelines import TESTS, make_pipeline
+from real import TESTS, SimpleTuner
 from test_real_run import run_of, set_options
 
 from simpletuner_layerprobe.run.load import load_run
 
 
 @pytest.fixture(scope="module")
-def tiny_pixart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_pixart(simpletuner: SimpleTuner, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pixart") / "tiny"
-    make_pipeline(TESTS / "tiny_pixart.py", folder)
-    return folder
+    return simpletuner.pipeline(folder, TESTS / "tiny_pixart.py", folder)
 
 
 @pytest.mark.parametrize("batch_size", [1, 5])

@@ -123,7 +123,7 @@ def test_sample_count_is_exact_and_a_second_start_goes_on(simpletuner, tiny):
 
 
 def test_the_facts_of_every_sample(simpletuner, tiny):
-    folder = tiny(max_train_steps=20, caption_dropout_probability=0.3, layerprobe_flush_seconds=1000)
+    folder = tiny(max_train_steps=20, caption_dropout_probability=0.5, layerprobe_flush_seconds=1000)
     result = simpletuner.run(folder, "tiny-probe")
     assert result.code == 0, result.log[-4000:]
     facts = run_of(folder).facts
@@ -132,7 +132,8 @@ def test_the_facts_of_every_sample(simpletuner, tiny):
         for path in (folder / "photographs").iterdir()
         if path.suffix in (".jpg", ".png")
     }
-    assert set(facts["image"].tolist()) <= set(captions) and run_of(folder).images == 6
+    seen = set(facts["image"].tolist())  # which of them is SimpleTuner's chance
+    assert seen <= set(captions) and run_of(folder).images == len(seen) > 2
     for n, image in enumerate(facts["image"].tolist()):
         lengths = {(len(caption.split()), len(caption)) for caption in captions[image]}
         length = facts["caption_words"][n], facts["caption_characters"][n]

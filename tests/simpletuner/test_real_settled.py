@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from pipelines import EXAMPLES, make_pipeline
+from real import EXAMPLES, SimpleTuner
 from test_real_run import run_of, samples_per_rank, set_options
 
 from simpletuner_layerprobe import api
@@ -15,11 +15,10 @@ SHARE = 0.5
 
 
 @pytest.fixture(scope="module")
-def twelve_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def twelve_images(simpletuner: SimpleTuner, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny pipeline with all of its photographs: of fewer than eight images nothing is settled."""
     folder = tmp_path_factory.mktemp("twelve") / "tiny"
-    make_pipeline(EXAMPLES / "tiny_sd3.py", "--out", folder, "--images", "12")
-    return folder
+    return simpletuner.pipeline(folder, EXAMPLES / "tiny_sd3.py", "--out", folder, "--images", 12)
 
 
 def test_a_run_ends_when_its_factors_are_settled(simpletuner, tiny, twelve_images):

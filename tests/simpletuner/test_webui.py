@@ -20,6 +20,7 @@ import chromium
 import httpx
 import psutil
 import pytest
+from chromium import PATIENCE
 from kept_files import artefact
 from real import TESTS
 from test_real_cli import ENVIRONMENT
@@ -68,12 +69,12 @@ class Server:
                 stdout=log,
                 stderr=log,
             )
-        self.client = httpx.Client(base_url=self.url, timeout=60)
+        self.client = httpx.Client(base_url=self.url, timeout=PATIENCE)
         self.descendants: set[psutil.Process] = set()
 
     def set_up(self) -> None:
         """Raises RuntimeError if the server does not come up."""
-        end = time.monotonic() + 240
+        end = time.monotonic() + PATIENCE
         while True:
             if self._process.poll() is not None or time.monotonic() > end:
                 raise RuntimeError(f"the server did not start: {self.log.read_text(errors='replace')[-2000:]}")
@@ -105,8 +106,8 @@ class Server:
         status: str = self.client.get("/api/training/status").json()["status"]
         return status
 
-    def wait_for(self, status: str, seconds: float = 240) -> None:
-        end = time.monotonic() + seconds
+    def wait_for(self, status: str) -> None:
+        end = time.monotonic() + PATIENCE
         while (found := self.status()) != status:
             assert found not in ("failed", "error") and time.monotonic() < end, (
                 found,
@@ -125,7 +126,7 @@ class Server:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        _, left = psutil.wait_procs(self.descendants, timeout=20)
+        _, left = psutil.wait_procs(self.descendants, timeout=PATIENCE)
         for process in left:
             process.kill()
         assert not left
@@ -186,7 +187,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[str
         pytest.skip("SimpleTuner's page loads its scripts from the net; here is none, and no npm to fetch them with")
     folder = tmp_path_factory.mktemp("npm")
     command = [npm, "install", "--no-audit", "--no-fund", "--ignore-scripts", "--prefix", str(folder), *PACKAGES]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     if done.returncode:
         pytest.skip(f"SimpleTuner's page loads its scripts from the net; here is none, and npm says: {done.stderr}")
 
@@ -286,7 +287,7 @@ def test_the_page_shows_sets_and_saves_the_options_and_starts_a_job(server, page
     press_button(page, button("Save"))
     page.wait_for(button("Save Configuration"))
     press_button(page, button("Save Configuration"))
-    end = time.monotonic() + 300
+    end = time.monotonic() + PATIENCE
     while not config_of(server).get("layerprobe"):
         assert time.monotonic() < end, picture(page, "webui-not-saved.png")
         page.value("1")
@@ -295,7 +296,7 @@ def test_the_page_shows_sets_and_saves_the_options_and_starts_a_job(server, page
     assert config["layerprobe_sigmas"] == "uniform" and int(config["layerprobe_samples"]) == SAMPLES
     assert float(config["layerprobe_stop_when_stable"]) == 0.95
 
-    end = time.monotonic() + 300
+    end = time.monotonic() + PATIENCE
     pressed = 0.0
     while server.status() == "idle":
         assert time.monotonic() < end, picture(page, "webui-not-started.png")

@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from collections.abc import Callable
+from functools import partial
 from html import unescape
 from pathlib import Path
 
@@ -112,7 +113,10 @@ def test_strong_and_weak_blocks_and_how_often_the_replicates_agree(tmp_path: Pat
     assert share and int(share[1]) < 95
 
 
-def test_whether_a_weighting_is_another_plan_is_what_the_replicates_say(tmp_path: Path) -> None:
+def test_whether_a_weighting_is_another_plan_is_what_the_replicates_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Bootstrap, "of", partial(Bootstrap.of, replicates=100))
     run = run_of(tmp_path / "run", [0.1, 0.3, 0.2, 0.05, 0.4, 0.19])
     equal = plan(run, params=BUDGET)
     bootstrap, sides = Bootstrap.of(run.samples_in("mean")), []

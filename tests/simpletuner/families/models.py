@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 from unittest import mock
 
@@ -109,13 +109,18 @@ def speech(layers: int, width: int) -> Prepare:
     return prepare
 
 
+@cache
+def _ltx2_vaes() -> tuple[nn.Module, nn.Module]:
+    with torch.device("meta"):
+        audio = loaded("ltxvideo2.audio_autoencoder:AutoencoderKLLTX2Audio")()
+        return audio, loaded("ltxvideo2.autoencoder:AutoencoderKLLTX2Video")(temporal_compression_ratio=8)
+
+
 def ltx2_parts(newer: bool) -> Prepare:
     """The ratios of the VAEs, and the text connectors; newer: those of LTX 2.3."""
 
     def prepare(model: Any) -> None:
-        with torch.device("meta"):
-            model.audio_vae = loaded("ltxvideo2.audio_autoencoder:AutoencoderKLLTX2Audio")()
-            model.vae = loaded("ltxvideo2.autoencoder:AutoencoderKLLTX2Video")(temporal_compression_ratio=8)
+        model.audio_vae, model.vae = _ltx2_vaes()
         model.connectors = loaded("ltxvideo2.connectors:LTX2TextConnectors")(
             caption_channels=20,
             text_proj_in_factor=3,

@@ -53,6 +53,7 @@ def main() -> int:
 
 
 def compared(case: Any, path: Path, light: Any) -> dict[str, Any]:
+    from simpletuner_layerprobe.lokr.skeleton import skeleton
     from simpletuner_layerprobe.models import architecture
 
     denoiser = made(case)
@@ -60,14 +61,17 @@ def compared(case: Any, path: Path, light: Any) -> dict[str, Any]:
     name = f"{case.family}:{path}"
     model = architecture(name)
     told = architecture(path)  # by the file alone
+    forms = configs(model)
     # Their classes are one, and so is all that a plan asks of them.
     assert told.family == case.family or {told.family, case.family} == {"kandinsky5_image", "kandinsky5_video"}
     assert (told.model_class, told.modules, told.targets) == (model.model_class, model.modules, model.targets)
     print(name, file=light.stdin, flush=True)
+    tables = table_of(denoiser), table_of(model)
+    both = denoiser.to("meta"), skeleton(model.modules, model.model_class)
     return {
         "class": model.model_class,
-        "tables": differences(table_of(denoiser), table_of(model)),
-        "networks": {name: network_differences(config, denoiser, model) for name, config in configs(model).items()},
+        "tables": differences(*tables),
+        "networks": {form: differences(*(network_on(each, config) for each in both)) for form, config in forms.items()},
         "planned": [planned(model), planned(imported(model, path.parent))],
         "light": json.loads(light.stdout.readline()) == [model.family, model.model_class, repr(model.modules)],
     }
@@ -137,18 +141,12 @@ def table_of(model: Any) -> dict[str, Any]:
     return {module.name: module for module in modules}
 
 
-def network_differences(config: dict[str, Any], denoiser: Any, model: Any) -> list[str]:
-    """Between LyCORIS's adapters on the denoiser and on the skeleton of its table: names, algorithms and shapes."""
+def network_on(built: Any, config: dict[str, Any]) -> dict[str, Any]:
+    """Name -> algorithm and shapes of LyCORIS's adapters on the denoiser, or on the skeleton of its table."""
     from simpletuner_layerprobe.lokr.network import adapters_on
-    from simpletuner_layerprobe.lokr.skeleton import skeleton
 
-    tables = []
-    for built in (denoiser.to("meta"), skeleton(model.modules, model.model_class)):
-        names = {id(module): name for name, module in built.named_modules()}
-        tables.append(
-            {names[id(module)]: (adapter.algo, adapter.tensors) for module, adapter in adapters_on(config, built)}
-        )
-    return differences(*tables)
+    names = {id(module): name for name, module in built.named_modules()}
+    return {names[id(module)]: (adapter.algo, adapter.tensors) for module, adapter in adapters_on(config, built)}
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:

@@ -87,11 +87,8 @@ def add_run(added: argparse.ArgumentParser) -> None:
     )
 
 
-def chosen_run(arguments: argparse.Namespace, *, told: bool = True) -> str:
-    """The RUN that was given, else the newest below the current folder.
-
-    The newest is said in a line of its own, but before JSON, and not where it is not to be `told`.
-    """
+def chosen_run(arguments: argparse.Namespace) -> str:
+    """The RUN that was given, else the newest below the current folder, which is said in a line of its own."""
     if arguments.run is not None:
         run: str = arguments.run
         return run
@@ -104,7 +101,7 @@ def chosen_run(arguments: argparse.Namespace, *, told: bool = True) -> str:
     (time, newest), *others = runs
     if others and others[0][0] == time:
         arguments.wrong_usage(f"give RUN: {newest} and {others[0][1]} below the current folder are of the same time")
-    if told and not getattr(arguments, "json", False):
+    if not getattr(arguments, "json", False):
         say(f"newest run  {newest}" + (f", of {len(runs):,} below this folder" if others else ""))
     return str(newest)
 

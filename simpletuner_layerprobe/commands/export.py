@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 
-from simpletuner_layerprobe.commands.arguments import Add, add_force, add_run, add_tokens, chosen_run
+from simpletuner_layerprobe.commands.arguments import Add, add_force, add_tokens
 from simpletuner_layerprobe.commands.output import OK, say, warn
 from simpletuner_layerprobe.show.words import counted
 
@@ -22,7 +21,7 @@ def add_parser(add: Add) -> None:
         "layerprobe export output/sd35-probe/layerprobe records.jsonl.gz\n"
         "layerprobe export output/sd35-probe/layerprobe run.parquet",
     )
-    add_run(added)
+    added.add_argument("run", metavar="RUN", help="run folder, or a file of the article's records")
     added.add_argument("file", metavar="FILE", help="file to write, - for standard output")
     add_force(added)
     add_tokens(added, "of the records")
@@ -38,11 +37,9 @@ def command(arguments: argparse.Namespace) -> int:
     from simpletuner_layerprobe.api import load
     from simpletuner_layerprobe.api.records import export, require_export
 
-    if arguments.run is None and os.path.isdir(arguments.file):
-        arguments.wrong_usage(f"{arguments.file} is a folder: give RUN and then FILE, the file to write")
     file = sys.stdout.buffer if arguments.file == "-" else arguments.file
     require_export(file, force=arguments.force)
-    run = load(chosen_run(arguments, told=arguments.file != "-"))
+    run = load(arguments.run)
     written, skipped = export(run, file, tokens=arguments.tokens, facts=arguments.facts, force=arguments.force)
     if skipped:
         warn(f"{counted(skipped, 'sample')} left out: a record cannot hold distances that are not finite")

@@ -671,8 +671,8 @@ COMMANDS = (
     ("import @run OUT/run", 1, "cannot read"),
     ("import /dev/null OUT/run", 1, "has no records"),
     # export and merge
-    ("export @run", 2, "is a folder: give RUN and then FILE"),
-    ("export @one OUT/r.jsonl.gz --facts", 0, "1 sample of 1 image written"),
+    ("export @run", 2, "the following arguments are required: FILE"),
+    ("export @one --facts OUT/r.jsonl.gz", 0, "1 sample of 1 image written"),
     ("export @escape OUT/r.csv", 0, "400 samples of 40 images written"),
     ("export @run OUT/r.csv --facts", 1, "is a table"),
     ("export @run OUT/r.csv --tokens mean", 1, "is a table"),

@@ -61,6 +61,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/analysis.py
 	$(BIN)/python benchmarks/steps.py
+	$(BIN)/python benchmarks/loop.py
 	$(BIN)/python benchmarks/tables.py
 
 faults: export LAYERPROBE_RECORD_FAULTS = 1

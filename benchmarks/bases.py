@@ -6,8 +6,7 @@
 
 Each is a probe-only run of the real SimpleTuner on the tiny SD3 of examples/tiny_sd3.py. What it records is compared
 with the article's formula in float64 on copies of the states that hooks on the norm layers took (tests/taps.py), which
-shares nothing with the probe. The result is written after every run (results/bases-DEVICE.json); no new one starts
-after --seconds.
+shares nothing with the probe. The result is written after every run (results/bases-DEVICE.json).
 """
 
 from __future__ import annotations
@@ -18,14 +17,15 @@ import re
 import shutil
 import sys
 import tempfile
-import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measure import RESULTS, machine, save
+import torch
+from measure import RESULTS, device_name, machine, save
 
 from simpletuner_layerprobe.run.load import load_run
 
@@ -41,8 +41,11 @@ int8dq-int4-torchao int4-torchao fp8-torchao fp8wo-torchao fp8-native nf4-bnb in
 int6-sdnq uint4-sdnq"""
 ATTENTION = """diffusers xformers sageattention flash-attn flash-attn-3 flex native cudnn native-efficient native-flash
 native-math kohaku-fa-auto"""
+RANKS = "two ranks"
+"""On GPUs of their own, or both on the CPU."""
 BASES: dict[str, dict[str, Any]] = {
     "no_change": {},
+    RANKS: {},
     **{name: {"base_model_precision": name, "quantize_via": "cpu"} for name in PRECISIONS.split()},
     "int8-quanto, quantize_via accelerator": {"base_model_precision": "int8-quanto", "quantize_via": "accelerator"},
     "int8-quanto, quantize_via pipeline": {"base_model_precision": "int8-quanto", "quantize_via": "pipeline"},
@@ -73,17 +76,17 @@ class Verdict:
     seconds: float
 
 
-def judged(simpletuner: Any, tiny: Path, options: dict[str, Any], device: str) -> Verdict:
-    folder = tiny.with_name("run")
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(tiny, folder)
+def judged(simpletuner: Any, folder: Path, options: dict[str, Any], device: str, ranks: int = 1) -> Verdict:
+    """What a run of the tiny pipeline in `folder` shows, with these options of SimpleTuner's."""
     path = folder / "config" / "tiny-probe" / "config.json"
     settings = {"layerprobe_samples": SAMPLES, "max_train_steps": SAMPLES, **options}
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
     environment = {"ACCELERATE_USE_CPU": "1" if device == "cpu" else "0"}
     if settings.get("mixed_precision"):
         environment["ACCELERATE_MIXED_PRECISION"] = settings["mixed_precision"]
-    result = simpletuner.run(folder, "tiny-probe", setup="taps.py:tap_sd3", environment=environment)
+    started = simpletuner.start_ranks(folder, "tiny-probe", ranks, setup="taps.py:tap_sd3", environment=environment)
+    results = [rank.result() for rank in started]
+    result = next((result for result in results if result.code), results[0])
     lines = [line.strip() for line in result.log.splitlines() if line.strip()]
     if result.code:
         refused = [line for line in lines if "layerprobe: error: " in line]
@@ -95,37 +98,41 @@ def judged(simpletuner: Any, tiny: Path, options: dict[str, Any], device: str) -
         return Verdict("fails", (own or lines)[-1][:200], {}, result.seconds)
     run = load_run(folder / "output" / "tiny-probe" / "layerprobe")
     layers = Counter(module.type for module in run.manifest.modules if "Linear" in module.type)
-    reference = np.load(folder / "reference.npz")
-    worst = max(
-        float(np.abs(run.distances(*name.split(".")) - reference[name]).max()) if reference[name].size else np.inf
-        for name in reference.files
-    )
+    references = [np.load(path) for path in sorted(folder.glob("reference*.npz"))]
+    apart = []
+    for name in references[0].files:
+        found, expected = run.distances(*name.split(".")), np.concatenate([one[name] for one in references])
+        apart.append(np.abs(found - expected).max() if found.shape == expected.shape else np.inf)
+    worst = float(np.max(apart))  # NaN if one is
     word = "exact" if worst <= TOLERANCE and run.samples == SAMPLES else "differs"
     return Verdict(word, f"{worst:.0e} at most, {run.samples} samples", dict(layers), result.seconds)
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--only", choices=list(BASES), action="append")
-    parser.add_argument("--seconds", type=float, default=3600.0, help="start no new run after so many seconds")
+    parser.add_argument("--jobs", type=int, default=1, help="how many runs at the same time")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the result")
     options = parser.parse_args(arguments)
-    from pipelines import EXAMPLES, make_pipeline
-    from real import SimpleTuner
+    from real import EXAMPLES, SimpleTuner
 
-    end = time.monotonic() + options.seconds
     result: dict[str, Any] = {"machine": machine(device_name(options.device)), "bases": {}, "complete": False}
     with tempfile.TemporaryDirectory() as temporary:
-        tiny = Path(temporary, "tiny")
-        make_pipeline(EXAMPLES / "tiny_sd3.py", "--out", tiny, "--images", str(SAMPLES))
         simpletuner = SimpleTuner(Path(temporary, "server.txt"))
+        tiny = Path(temporary, "tiny")
+        names = list(options.only or BASES)
+        if RANKS in names and options.device == "cuda" and torch.cuda.device_count() < 2:
+            print(f"{RANKS:40} not measured: there is one GPU")
+            names.remove(RANKS)
+
+        def tried(name: str) -> Verdict:
+            folder = Path(shutil.copytree(tiny, Path(temporary, f"run{names.index(name)}")))
+            return judged(simpletuner, folder, BASES[name], options.device, 2 if name == RANKS else 1)
+
         try:
-            for name in options.only or BASES:
-                if time.monotonic() > end:
-                    print(f"{options.seconds:g} s are over: what was tried is written")
-                    return 0
-                verdict = judged(simpletuner, tiny, BASES[name], options.device)
+            simpletuner.pipeline(tiny, EXAMPLES / "tiny_sd3.py", "--out", tiny, "--images", SAMPLES)
+            for name, verdict in zip(names, ThreadPoolExecutor(options.jobs).map(tried, names), strict=True):
                 layers = ", ".join(f"{count} {kind}" for kind, count in sorted(verdict.layers.items()))
                 print(f"{name:40} {verdict.word:8} {layers:34} {verdict.said}", flush=True)
                 result["bases"][name] = vars(verdict) | {"seconds": round(verdict.seconds, 1)}
@@ -134,18 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
             simpletuner.close()
     result["complete"] = True
     save(f"bases-{options.device}", result, options.out)
-    return 0
-
-
-def device_name(device: str) -> str:
-    if device == "cpu":
-        return ""
-    import torch
-
-    if not torch.cuda.is_available():
-        raise SystemExit("torch sees no CUDA device here")
-    return torch.cuda.get_device_name()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +64,9 @@ SHAPES = {
     # Four of SD3.5 Medium's 24 blocks at 512 x 512: the probe's share of a step hardly depends on how many there are.
     "sd3.5-medium": sd3(1536, 4, 64, 77 + 154, 4096, 2048, 24),
     "sd3-small": sd3(768, 10, 48, 154, 256, 64, 12),
+    # As many blocks as the real ones, so narrow that the host is all that counts.
+    "sd3.5-large, narrow": sd3(32, 38, 8, 5, 16, 8, 2),
+    "flux.1-dev, narrow": flux(2, 32, 19, 38, 8, 5, 16, 8),
     "sd3-tiny": sd3(32, 3, 8, 5, 16, 8, 2),
     "flux-tiny": flux(2, 32, 2, 2, 8, 5, 16, 8),
 }
@@ -81,22 +86,35 @@ class Subject:
         return self.denoiser(**self.inputs, return_dict=False)[0]
 
 
+@contextmanager
+def _made_on(device: str, dtype: torch.dtype) -> Iterator[None]:
+    """Inside, what is made with no device and dtype of its own has these; random numbers are the same each time."""
+    before = torch.get_default_dtype()
+    torch.manual_seed(0)
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def denoiser(shape: Shape, device: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    """SimpleTuner's own class with random weights."""
+    with _made_on(device, dtype):
+        made = _class(shape.family)(**shape.config)
+    # Buffers that a class makes in float32 (the positions) follow, as when SimpleTuner moves its model.
+    return nn.Module.to(made, device=device, dtype=dtype).requires_grad_(False)
+
+
 def subject(name: str, count: int, device: str, dtype: torch.dtype = torch.bfloat16) -> Subject:
     """Build a denoiser of SHAPES on the device, with random weights, and inputs for `count` samples."""
     shape = SHAPES[name]
-    before = torch.get_default_dtype()
-    torch.manual_seed(0)
-    try:
-        torch.set_default_dtype(dtype)
-        with torch.device(device):
-            denoiser = _class(shape.family)(**shape.config)
-            latents = torch.randn(count, 16, shape.side, shape.side)
-            text = torch.randn(count, shape.text, shape.config["joint_attention_dim"])
-            pooled = torch.randn(count, shape.config["pooled_projection_dim"])
-    finally:
-        torch.set_default_dtype(before)
-    # Buffers that a class makes in float32 (the positions) follow, as when SimpleTuner moves its model.
-    denoiser = denoiser.to(device=device, dtype=dtype).requires_grad_(False)
+    made = denoiser(shape, device, dtype)
+    with _made_on(device, dtype):
+        latents = torch.randn(count, 16, shape.side, shape.side)
+        text = torch.randn(count, shape.text, shape.config["joint_attention_dim"])
+        pooled = torch.randn(count, shape.config["pooled_projection_dim"])
     inputs: dict[str, Any] = {"encoder_hidden_states": text, "pooled_projections": pooled}
     if shape.family == "sd3":
         inputs |= {"hidden_states": latents, "timestep": torch.full((count,), 500.0, device=device, dtype=dtype)}
@@ -113,7 +131,7 @@ def subject(name: str, count: int, device: str, dtype: torch.dtype = torch.bfloa
             "txt_ids": torch.zeros(shape.text, 3, device=device, dtype=dtype),
         }
     batch = {"latents": latents, "encoder_hidden_states": text}
-    return Subject(denoiser, family(shape.family), inputs, batch, count)
+    return Subject(made, family(shape.family), inputs, batch, count)
 
 
 def _class(name: str) -> type[nn.Module]:

@@ -11,7 +11,6 @@ that the host is ahead; the host's time per call stands beside it. The result is
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import itertools
 import math
 import statistics
@@ -21,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import RESULTS, machine, save
+from measure import RESULTS, device_name, machine, save
+from tables import kernel_line
+from ways import other_kernel
 
 from simpletuner_layerprobe.probe import distances
 from simpletuner_layerprobe.probe.distances import Kernel
@@ -38,17 +39,6 @@ CALLS = 20
 CACHES_BYTES = 300_000_000
 
 Call = Callable[[], object]
-
-
-def other_kernel(path: Path) -> Kernel:
-    """The kernel of another angles_kernel.py, also of one that has the angles only."""
-    spec = importlib.util.spec_from_file_location("other_kernel", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if hasattr(module, "changes"):
-        return module.changes  # type: ignore[no-any-return]
-    return lambda u_BSD, v_BSD, updates: (module.angles(u_BSD, v_BSD),)
 
 
 def microseconds(call: Call) -> tuple[float, float]:
@@ -90,25 +80,10 @@ def measured(
     expected = distances._plain_changes(*pairs[0], updates)
     for label, kernel in kernels.items():
         made = kernel(*pairs[0], updates)
-        if len(made) < len(expected):  # an older kernel, without the updates
-            continue
         apart = max(float((a - b).abs().max()) for a, b in zip(made, expected, strict=True))
         device_us, host_us = microseconds(in_turn(kernel, pairs, updates))
         row[label] = {"device_us": device_us, "host_us": host_us, "differs": apart}
     return row
-
-
-def line(row: dict[str, Any]) -> str:
-    """A row as it is printed: times on the device, what the kernel reads a second, how much faster it is."""
-    kernel, plain = row["kernel"], row["torch"]
-    others = f", the other kernel {row['other']['device_us']:7.1f} us" if "other" in row else ""
-    layout, readings = "rows" if row["rows"] else "transposed", "updates" if row["updates"] else "angles"
-    return (
-        f"{row['states']:27} {layout:10} {readings:7} "
-        f"{kernel['device_us']:7.1f} us (host {kernel['host_us']:5.1f}) "
-        f"{2 * row['state_bytes'] / kernel['device_us'] / 1e6:4.1f} TB/s, torch {plain['device_us']:7.1f} us, "
-        f"{plain['device_us'] / kernel['device_us']:4.1f} x, differs by {kernel['differs']:.0e}{others}"
-    )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -116,20 +91,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--kernel", type=Path, help="another angles_kernel.py to measure too")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the result")
     options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        parser.error("torch sees no CUDA device here")
+    name = device_name("cuda")
     from simpletuner_layerprobe.probe.angles_kernel import changes
 
     kernels: dict[str, Kernel] = {"kernel": changes, "torch": distances._plain_changes}
     if options.kernel:
         kernels["other"] = other_kernel(options.kernel)
-    result: dict[str, Any] = {"machine": machine(torch.cuda.get_device_name()), "rows": [], "complete": False}
+    result: dict[str, Any] = {"machine": machine(name), "rows": [], "complete": False}
     source, target = (torch.empty(CACHES_BYTES, dtype=torch.uint8, device="cuda") for _ in range(2))
     result["copy_bytes_per_second"] = 2 * CACHES_BYTES / microseconds(lambda: target.copy_(source))[0] * 1e6
     print(f"a copy moves {result['copy_bytes_per_second'] / 1e12:.1f} TB/s")
-    for (name, shape), rows, updates in itertools.product(STATES.items(), (True, False), (False, True)):
-        result["rows"].append(measured(name, shape, rows, updates, kernels, "cuda"))
-        print(line(result["rows"][-1]), flush=True)
+    for (states, shape), rows, updates in itertools.product(STATES.items(), (True, False), (False, True)):
+        result["rows"].append(measured(states, shape, rows, updates, kernels, "cuda"))
+        print(kernel_line(result["rows"][-1]), flush=True)
         save("kernel-cuda", result, options.out)
     result["complete"] = True
     save("kernel-cuda", result, options.out)

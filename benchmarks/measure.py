@@ -99,11 +99,24 @@ def _told(path: str, field: str) -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")
 
 
+def device_name(device: str) -> str:
+    """What `machine` calls a device, "" for a CPU. Raises SystemExit if there is no such device."""
+    if device == "cpu":
+        return ""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise SystemExit("torch sees no CUDA device here")
+    return torch.cuda.get_device_name()
+
+
 def save(name: str, result: Mapping[str, Any], folder: Path = RESULTS) -> Path:
-    """Write one benchmark's result as `name`.json."""
+    """Write one benchmark's result as `name`.json: whoever ends the process now leaves the old one or the new one."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(result, indent=1) + "\n")
+    new.replace(path)
     return path
 
 

@@ -2,18 +2,20 @@
 
     python benchmarks/steps.py                          a CPU: some blocks of SD3.5 Medium's width, one thread
     python benchmarks/steps.py --device cuda            a GPU: SD3.5 Large and Flux.1-dev, 1024 x 1024, batch 1 and 4
-    python benchmarks/steps.py --device cuda --model sd3.5-large --batch 1 --seconds 120 --without-training
+    python benchmarks/steps.py --device cuda --model sd3.5-large --batch 1 --without-training
+    python benchmarks/steps.py --device cuda --kernel OTHER.py      the probe also with another angles_kernel.py
+
 
 The denoisers are SimpleTuner's own classes with random weights; nothing is downloaded. Each way is paired and
 interleaved with the bare forward on the same inputs, and medians of the pairs' ratios are shown. The result is written
-after every way that was measured (results/steps-DEVICE.json), and no new way starts after --seconds.
+after every way that was measured (results/steps-DEVICE.json). Before that, what the hooks of a block cost the host
+(results/hooks-DEVICE.json).
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -21,9 +23,11 @@ from typing import Any
 
 import torch
 from denoisers import SHAPES, Subject, subject
-from measure import ABLATED, PROBE, RESULTS, Times, machine, paired, save, timed
+from measure import ABLATED, PROBE, RESULTS, Times, device_name, machine, paired, save, timed
 from torch.utils._python_dispatch import TorchDispatchMode
-from ways import Step, Way, bare, ways
+from ways import Probe, Step, Way, bare, host_us, other_kernel, ways
+
+from simpletuner_layerprobe.probe.distances import Kernel
 
 MODELS = {"cpu": ("sd3.5-medium", "sd3-small"), "cuda": ("sd3.5-large", "flux.1-dev")}
 
@@ -44,8 +48,6 @@ class CountSyncs(TorchDispatchMode):
 
 class Cpu:
     """One thread: with more, others on the machine decide the result."""
-
-    name = "cpu"
 
     def __init__(self) -> None:
         torch.set_num_threads(1)
@@ -74,9 +76,6 @@ class Cpu:
 
 class Cuda:
     """CUDA events around a step, the allocator's statistics, torch's sync debug mode."""
-
-    def __init__(self) -> None:
-        self.name = torch.cuda.get_device_name()
 
     def time(self, step: Step) -> Times:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -123,7 +122,13 @@ def measure(device: Cpu | Cuda, way: Way, target: Subject, pairs: int) -> dict[s
 
 
 def measure_model(
-    device: Cpu | Cuda, name: str, batch: int, pairs: int, training: bool, keep: Callable[[dict[str, Any]], None]
+    device: Cpu | Cuda,
+    name: str,
+    batch: int,
+    pairs: int,
+    training: bool,
+    other: Kernel | None,
+    keep: Callable[[dict[str, Any]], None],
 ) -> None:
     """Every way of one model, handed to `keep` after each."""
     target = subject(name, batch, "cuda" if isinstance(device, Cuda) else "cpu")
@@ -142,10 +147,10 @@ def measure_model(
     result["bare"] = {"peak_bytes": base["peak_bytes"], "syncs": base["syncs"]}
     if isinstance(device, Cuda):
         result["bare"]["allocated_bytes"] = torch.cuda.max_memory_allocated()
-    for label, way in ways(target).items():
+    result["host_us_per_block"] = host_us(target)
+    print(f"{name}, batch {batch}: the hooks of a block take {result['host_us_per_block']} us of the host", flush=True)
+    for label, way in ways(target, training, other).items():
         slow = "training" in label or label == ABLATED
-        if "training" in label and not training:
-            continue
         try:
             found = measure(device, way, target, max(3, pairs // 4) if slow else pairs)
         except torch.OutOfMemoryError:
@@ -167,42 +172,42 @@ def measure_model(
             torch.cuda.empty_cache()
 
 
+def hooks(device: str, out: Path) -> None:
+    """What the hooks of a block cost the host, in narrow models with as many blocks as the real ones."""
+    found = {}
+    for name in MODELS["cuda"]:
+        target = subject(f"{name}, narrow", 1, device)
+        found[name] = len(Probe(target).observer.blocks), host_us(target, 40)
+        print(f"{name}: {found[name][1]} us of the host for the hooks of each of its {found[name][0]} blocks")
+    save(f"hooks-{device}", {"machine": machine(device_name(device)), "models": found}, out)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--model", choices=list(SHAPES), action="append")
     parser.add_argument("--batch", type=int, action="append")
     parser.add_argument("--pairs", type=int, default=20)
-    parser.add_argument("--seconds", type=float, default=3600.0, help="start no new way after so many seconds")
     parser.add_argument("--without-training", action="store_true", help="leave the training steps out")
+    parser.add_argument("--kernel", type=Path, help="another angles_kernel.py to measure too")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the result")
     options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("torch sees no CUDA device here")
-    device: Cpu | Cuda = Cuda() if options.device == "cuda" else Cpu()
-    end = time.monotonic() + options.seconds
-    result: dict[str, Any] = {"machine": machine(device.name), "runs": [], "complete": False}
+    result: dict[str, Any] = {"machine": machine(device_name(options.device)), "runs": [], "complete": False}
+    device = Cuda() if options.device == "cuda" else Cpu()
+    hooks(options.device, options.out)
+    other = other_kernel(options.kernel) if options.kernel else None
     runs: list[dict[str, Any]] = result["runs"]
-
-    class OutOfTime(Exception):
-        pass
 
     def keep(run: dict[str, Any]) -> None:
         if not runs or runs[-1] is not run:
             runs.append(run)
         save(f"steps-{options.device}", result, options.out)
-        if time.monotonic() > end:
-            raise OutOfTime
 
-    try:
+    for batch in options.batch or ((1, 4) if options.device == "cuda" else (1,)):
         for name in options.model or MODELS[options.device]:
-            for batch in options.batch or ((1, 4) if options.device == "cuda" else (1,)):
-                measure_model(device, name, batch, options.pairs, not options.without_training, keep)
-    except OutOfTime:
-        print(f"{options.seconds:g} s are over: what was measured is written")
-    else:
-        result["complete"] = True
-        save(f"steps-{options.device}", result, options.out)
+            measure_model(device, name, batch, options.pairs, not options.without_training, other, keep)
+    result["complete"] = True
+    save(f"steps-{options.device}", result, options.out)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,17 @@ the probe, through their own hooks.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import itertools
 import math
-from collections.abc import Callable, Iterator
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 from denoisers import Subject
@@ -21,8 +26,11 @@ from torch.nn import functional as F
 
 from simpletuner_layerprobe.probe import distances
 from simpletuner_layerprobe.probe.blocks import Block, find_blocks
+from simpletuner_layerprobe.probe.distances import Kernel
 from simpletuner_layerprobe.probe.observer import Observer
 from simpletuner_layerprobe.probe.rows import RowBuffer
+from simpletuner_layerprobe.probe.side_stream import STREAM_DEVICES, STREAM_SWITCH
+from simpletuner_layerprobe.probe.updates import token_updates
 from simpletuner_layerprobe.readings import TOKENS, parse_reading
 from simpletuner_layerprobe.training.ablation import StepAblation
 
@@ -96,20 +104,79 @@ class Ablated(Probe):
             yield step
 
 
-def without_kernel(way: Way) -> Way:
-    """The way with torch's own operations in place of the fused kernel, as devices without the kernel have it."""
+@mock.patch.dict(os.environ, {STREAM_SWITCH: "1"})
+def beside(subject: Subject) -> dict[str, Way]:
+    """The probe with its distances on a stream of their own, where the device has such."""
+    has_streams = subject.batch["latents"].device.type in STREAM_DEVICES
+    return {"probe, on a stream of its own": Probe(subject)} if has_streams else {}
+
+
+def other_kernel(path: Path) -> Kernel:
+    """The kernel of another angles_kernel.py, with a launch for each state before.
+
+    Of one that has the angles only, with torch's operations for the updates.
+    """
+    spec = importlib.util.spec_from_file_location("other_kernel", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def changes(u_BSD: torch.Tensor, v_BSD: torch.Tensor, updates: bool) -> tuple[torch.Tensor, ...]:
+        if hasattr(module, "changes"):
+            return tuple(module.changes(u_BSD, v_BSD, updates))
+        return module.angles(u_BSD, v_BSD), *(token_updates(u_BSD, v_BSD) if updates else ())
+
+    def kernel(
+        u_BSD: torch.Tensor, v_BSD: torch.Tensor, updates: bool, earlier_BSD: Sequence[torch.Tensor] = ()
+    ) -> tuple[torch.Tensor, ...]:
+        return *changes(u_BSD, v_BSD, updates), *(changes(state_BSD, v_BSD, False)[0] for state_BSD in earlier_BSD)
+
+    return kernel
+
+
+def with_kernel(way: Way, kernel: Kernel | None) -> Way:
+    """The way with another kernel; with None by torch's own operations, as devices without a kernel have it."""
 
     @contextmanager
-    def plain(subject: Subject) -> Iterator[Step]:
+    def other(subject: Subject) -> Iterator[Step]:
         kept = distances.device_kernel
-        distances.device_kernel = lambda *_: None
+        distances.device_kernel = lambda *_: kernel
         try:
             with way(subject) as step:
                 yield step
         finally:
             distances.device_kernel = kept
 
-    return plain
+    return other
+
+
+def host_us(subject: Subject, steps: int = 10) -> float:
+    """What the hooks of one block cost the host: microseconds of this thread, launches included, arithmetic not.
+
+    Of each hook the run that was least disturbed. On a CPU a kernel that does nothing stands for the angles'.
+    """
+    probe = Probe(subject)
+    observer, spent = probe.observer, []
+
+    def timed(hook: Callable[..., None]) -> Callable[..., None]:
+        def call(*args: Any) -> None:
+            began = time.thread_time()
+            hook(*args)
+            spent.append(time.thread_time() - began)
+
+        return call
+
+    observer._enter_block, observer._leave_block = timed(observer._enter_block), timed(observer._leave_block)  # type: ignore[method-assign]
+    way: Way = probe
+    if subject.batch["latents"].device.type == "cpu":
+        way = with_kernel(probe, lambda u_BSD, *_: (torch.empty(u_BSD.shape[:2], dtype=torch.float32),))
+    with way(subject) as step:
+        for _ in range(2 + steps):
+            step()
+    blocks = len(observer.blocks)
+    calls = 2 * blocks
+    least = [min(spent[number + 2 * calls :: calls]) for number in range(calls)]
+    return round(sum(least) / blocks * 1e6, 1)
 
 
 def train(checkpointing: bool) -> Way:
@@ -271,24 +338,32 @@ def read_once(subject: Subject) -> Iterator[Step]:
         yield step
 
 
-def probes(subject: Subject) -> dict[str, Way]:
-    """The probe as it is set up without options, and with every further reading."""
-    return {
-        PROBE: Probe(subject),
+def probes(subject: Subject, other: Kernel | None) -> dict[str, Way]:
+    """The probe as it is set up without options, and with every further reading; both also with another kernel."""
+    found: dict[str, Way] = {PROBE: Probe(subject), ABLATED: Ablated(subject)}
+    readings: dict[str, Way] = {
+        PROBE: found[PROBE],
+        "probe, and residual readings": Probe(subject, residual=True),
         "probe, and pairs of 2 blocks": Probe(subject, pairs=2),
         "probe, and pairs of 2 to 4 blocks": Probe(subject, pairs=4),
-        "probe, and residual readings": Probe(subject, residual=True),
-        ABLATED: Ablated(subject),
     }
+    if other:
+        readings |= {f"{label}: the other kernel": with_kernel(way, other) for label, way in readings.items()}
+    if subject.batch["latents"].device.type != "cpu":
+        readings[f"{PROBE}: no kernel"] = with_kernel(found[PROBE], None)
+    return found | readings | beside(subject)
 
 
-def ways(subject: Subject) -> dict[str, Way]:
+def ways(subject: Subject, training: bool, other: Kernel | None = None) -> dict[str, Way]:
     """Every way but the bare one, by its name in the tables."""
-    return probes(subject) | {
-        "training step": train(checkpointing=False),
-        CHECKPOINTED: train(checkpointing=True),
-        "keep all states on the device": kept(lambda state: state),
-        "clone all states to the CPU": kept(lambda state: state.detach().to("cpu", copy=True)),
-        ".item() per block": item_per_block,
-        "floor: both states read once": read_once,
-    }
+    steps = {"training step": train(checkpointing=False), CHECKPOINTED: train(checkpointing=True)}
+    return (
+        probes(subject, other)
+        | (steps if training else {})
+        | {
+            "keep all states on the device": kept(lambda state: state),
+            ".item() per block": item_per_block,
+            "floor: both states read once": read_once,
+            "clone all states to the CPU": kept(lambda state: state.detach().to("cpu", copy=True)),
+        }
+    )

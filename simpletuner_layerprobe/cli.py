@@ -123,8 +123,9 @@ def parser() -> argparse.ArgumentParser:
 
     made = Parser(
         prog="layerprobe",
-        description="From a SimpleTuner probe run to heatmaps and a weighted LoKr config.",
-        epilog="A RUN is what a probe run writes (<output_dir>/layerprobe), or a file of the article's records. "
+        description="From a SimpleTuner probe run to heatmaps, findings and a LoKr config that is proved.",
+        epilog="A RUN is what a probe run writes (<output_dir>/layerprobe, or that output_dir), or a file of the "
+        "article's records; most commands take the newest below the current folder if none is given. "
         "Exit codes: 0 all went well, 1 a problem (said on stderr, unless whoever read the output has gone), "
         "2 wrong usage, 130 interrupted.",
     )

@@ -7,13 +7,14 @@ everybody else does, on the main process, after a flush and at growing intervals
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from simpletuner_layerprobe.errors import ConfigError, ProbeError
 from simpletuner_layerprobe.training.live import Live, Pace
 
 if TYPE_CHECKING:
+    from simpletuner_layerprobe.lokr.groups import Model
     from simpletuner_layerprobe.training.guard import Verdicts
     from simpletuner_layerprobe.training.options import ProbeSettings
     from simpletuner_layerprobe.training.session import Watcher
@@ -30,7 +31,7 @@ def install(module: Any) -> None:
     """Hook `simpletuner.helpers.training.trainer`, right after it was imported."""
     from simpletuner_layerprobe.training import trainer
 
-    trainer.install(module, watchers, verdicts)
+    trainer.install(module, watchers, verdicts, own_parameters)
 
 
 def verdicts() -> Verdicts:
@@ -38,6 +39,13 @@ def verdicts() -> Verdicts:
     from simpletuner_layerprobe.lokr import guard
 
     return guard
+
+
+def own_parameters(training: Mapping[str, Any], model: Model) -> int | None:
+    """How many parameters a probe run's own config would train, for which LyCORIS builds it; None if not known."""
+    from simpletuner_layerprobe.lokr.own import Own
+
+    return Own(model, training).known_parameters
 
 
 def watchers(

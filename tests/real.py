@@ -6,6 +6,7 @@ import json
 import os
 import queue
 import re
+import socket
 import subprocess
 import sys
 import tempfile
@@ -80,6 +81,7 @@ class SimpleTuner:
         )
         self._pids: queue.Queue[int] = queue.Queue()
         self._codes: dict[int, queue.Queue[int]] = {}
+        self._starting = threading.Lock()
         assert self._process.stdout is not None
         first = self._process.stdout.readline()
         assert first and json.loads(first) == {"ready": True}, log.read_text()[-4000:]
@@ -119,9 +121,31 @@ class SimpleTuner:
 
     def _start(self, **job: Any) -> Started:
         assert self._process.stdin is not None
-        print(json.dumps(job), file=self._process.stdin, flush=True)
-        pid = self._pids.get(timeout=600)
+        with self._starting:
+            print(json.dumps(job), file=self._process.stdin, flush=True)
+            pid = self._pids.get(timeout=600)
         return Started(pid, Path(job["log"]), self._codes.setdefault(pid, queue.Queue()))
+
+    def start_ranks(
+        self, cwd: Path, env: str, ranks: int, *, environment: dict[str, str] | None = None, **options: object
+    ) -> list[Started]:
+        """The same with several ranks, with the variables that torchrun sets; each has a log0.txt, log1.txt, ..."""
+        if ranks == 1:
+            return [self.start(cwd, env, environment=environment, **options)]  # type: ignore[arg-type]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        shared |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
+        return [
+            self.start(
+                cwd,
+                env,
+                log=f"log{rank}.txt",
+                environment=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | (environment or {}),
+                **options,  # type: ignore[arg-type]
+            )
+            for rank in range(ranks)
+        ]
 
     def run(self, cwd: Path, env: str, **options: object) -> Result:
         return self.start(cwd, env, **options).result()  # type: ignore[arg-type]

@@ -2,13 +2,15 @@
 
 It shares nothing with the observer: other hooks, on other modules, whole states kept, the article's formula.
 The functions run inside the training process (see simpletuner_server.py) and leave `reference.npz` behind, and
-`further.npz` with the readings of layerprobe_residual and layerprobe_block_pairs (LONGEST).
+`further.npz` with the readings of layerprobe_residual and layerprobe_block_pairs (LONGEST); of several ranks each its
+own, `reference0.npz` and so on.
 """
 
 from __future__ import annotations
 
 import atexit
 import itertools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -97,8 +99,9 @@ def _write() -> None:
             for reading, (last, mean) in further_readings(states, mask).items():
                 further.setdefault(f"{stream}.{reading}_last", []).append(last)
                 further.setdefault(f"{stream}.{reading}_mean", []).append(mean)
-    for file, found in (("reference.npz", out), ("further.npz", further)):
-        np.savez(file, **{name: np.concatenate(values) for name, values in found.items()})
+    rank = os.environ["RANK"] if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    for file, found in (("reference", out), ("further", further)):
+        np.savez(f"{file}{rank}.npz", **{name: np.concatenate(values) for name, values in found.items()})
 
 
 def tap_sd3() -> None:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from simpletuner_layerprobe.api.options import EQUAL, WEIGHED, PlanOptions
 from simpletuner_layerprobe.api.plans import plan
-from simpletuner_layerprobe.errors import ProbeError
-from simpletuner_layerprobe.lokr.amounts import ARTICLE, BF16_BYTES
+from simpletuner_layerprobe.errors import ConfigError, ProbeError
+from simpletuner_layerprobe.lokr.amounts import ARTICLE, BF16_BYTES, preset_parameters
 
 if TYPE_CHECKING:
     from simpletuner_layerprobe.api.run import Run
@@ -27,8 +27,10 @@ def judged_for(run: Run, preset: str | None = None) -> tuple[PlanOptions, str]:
     named = preset or (run.preset if run.preset != ARTICLE else None)
     own = run.own.known_parameters if run.manifest.modules and named is None else None
     if own is not None:
-        return {"params": own}, "a plan of your config's size"
-    return {"preset": named or ARTICLE}, f"preset {named or ARTICLE}"
+        return {"params": own}, "a weighted plan of your config's size"
+    if named in (None, ARTICLE):
+        return {"preset": ARTICLE}, "the article's plan"
+    return {"preset": named}, f"a weighted plan of {named}"
 
 
 def verdict(run: Run, reading: str | None = None, preset: str | None = None) -> Verdict:
@@ -50,8 +52,7 @@ def verdict(run: Run, reading: str | None = None, preset: str | None = None) -> 
     try:
         contribution = run.plan_contribution(reading, **goal)
         lines["blocks"] = words.blocks_line(sure, contribution.value_L, contribution.covered_L)
-        made = plan(run, **options)
-        size = made.budget or made.parameters
+        size = preset_parameters(goal.get("params") or goal.get("preset") or ARTICLE) or plan(run, **options).parameters
         lines["capacity"] = words.capacity_line(size, run.own.known_parameters, _article_size(run), BF16_BYTES)
         differing = run.differing(reading=reading, params=size)
         lines["weighting"] = words.weighting_line(differing, len(contribution.blocks), sure.enough)
@@ -66,11 +67,28 @@ def _article_size(run: Run) -> int:
 
 
 def _command(run: Run, reading: str, size: int, name: str) -> str:
-    """What to type to make the config; without the probe run's own options there is no environment."""
+    """What to type to make the config, without what goes without saying.
+
+    Without the probe run's own options there is no environment.
+    """
+    from simpletuner_layerprobe.run.manifest import run_folder
     from simpletuner_layerprobe.training.environment import OPTIONS_NAME
 
-    line = f"layerprobe lokr {shlex.quote(str(run.path))} --params {size} --direction {PLANS[name]}"
-    if reading != run.plan_reading(None, params=size):
-        line += f" --tokens {reading}"
-    follow_up = (run.path / OPTIONS_NAME).exists()
-    return f"{line} --env {name}" if follow_up else f"{line} --out {name}.json"
+    outer = run.path.parent
+    words = ["layerprobe lokr", shlex.quote(str(outer if run_folder(outer) == run.path else run.path))]
+    if size != _usual_size(run):
+        words.append(f"--params {size}")
+    if PLANS[name] != EQUAL:
+        words.append(f"--direction {PLANS[name]}")
+        if reading != run.plan_reading(None, params=size):
+            words.append(f"--tokens {reading}")
+    words.append(f"--env {name}" if (run.path / OPTIONS_NAME).exists() else f"--out {name}.json")
+    return " ".join(words)
+
+
+def _usual_size(run: Run) -> int | None:
+    """That of a plan without --params; None where it has to be given."""
+    try:
+        return run.plan_size
+    except ConfigError:
+        return None

@@ -103,15 +103,18 @@ def _compare_adapter(arguments: argparse.Namespace, model: Run | Architecture) -
         say(f"WRONG  {name}: not in the file")
     for name in made.strange:
         say(f"WRONG  {name}: in the file, and no adapter by the config")
-    for name, (meant, held) in made.different.items():
-        say(f"WRONG  {name}: {_tensors(meant)} by the config, {_tensors(held)} in the file")
+    for name, (tensors, others) in made.different.items():
+        say(f"WRONG  {name}: {_tensors(tensors)} by the config, {_tensors(others)} in the file")
+    for name, (meant, held) in made.alphas.items():
+        say(f"WRONG  {name}: alpha {meant:g} by the config, {held:g} in the file")
     if not arguments.differences:
         for name in made.same:
             say(f"ok     {name}")
-    every = len(made.same) + len(made.missing) + len(made.strange) + len(made.different)
+    every = len(made.same) + len(made.missing) + len(made.strange) + len(made.different) + len(made.alphas)
     say(
         f"{len(made.same):,} of {every:,} modules the same: {len(made.missing):,} missing in the file, "
-        f"{len(made.strange):,} not in the config, {len(made.different):,} of other tensors"
+        f"{len(made.strange):,} not in the config, {len(made.different):,} of other tensors, "
+        f"{len(made.alphas):,} of another alpha"
     )
     if not made.fits:
         raise ConfigError(f"{arguments.adapter} does not come from {arguments.config}")

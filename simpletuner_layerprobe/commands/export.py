@@ -45,5 +45,5 @@ def command(arguments: argparse.Namespace) -> int:
         warn(f"{counted(skipped, 'sample')} left out: a record cannot hold distances that are not finite")
     if arguments.file != "-":
         arguments.written = [arguments.file]
-        say(f"{counted(written, 'sample')} written to {arguments.file}")
+        say(f"{f'{written:,} of ' if skipped else ''}{run.counted} written to {arguments.file}")
     return OK

@@ -24,7 +24,7 @@ from simpletuner_layerprobe.commands.arguments import (
 from simpletuner_layerprobe.commands.imports import light, named_model
 from simpletuner_layerprobe.commands.lokr_output import Frozen, as_json, print_factors, print_plan
 from simpletuner_layerprobe.commands.lokr_size import MANY_TIMES, Size, other_json, other_lines, other_reading
-from simpletuner_layerprobe.commands.output import OK, print_json, print_line, sample_warnings, say, warn
+from simpletuner_layerprobe.commands.output import OK, print_json, print_line, print_text, sample_warnings, say, warn
 from simpletuner_layerprobe.errors import ConfigError
 from simpletuner_layerprobe.targets import CONFIG, require_file
 
@@ -44,7 +44,7 @@ def add_parser(add: Add) -> None:
     added = add(
         "lokr",
         command,
-        "turn a run into a weighted LoKr config and prove it before it is written",
+        "make a LoKr config of your config's size, equal or weighted by a run, and prove it before it is written",
         "The config is built with LyCORIS on a skeleton of the model, without weights; a module that would get\n"
         "another factor than meant is an error, and nothing is written. Without --out and --env only the table is\n"
         "printed. With a budget the factors are those of the article's line from contribution to factor, scaled so\n"
@@ -217,7 +217,7 @@ def command(arguments: argparse.Namespace) -> int:
         print_line(line, wide=arguments.wide)
     for path in written:
         say(f"written: {path}")
-    say(following)
+    print_text("", following, wide=arguments.wide)
     return OK
 
 

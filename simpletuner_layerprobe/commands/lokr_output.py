@@ -21,7 +21,10 @@ READINGS = {
     "ablation": "ablation, the loss increase with a block left out (a negative one counts as 0)",
 }
 
-EQUAL_SPLIT = "equal factors, which no uneven split was seen to beat; --direction and --contrast weigh the blocks"
+EQUAL_SPLIT = (
+    "equal factors, but for what their steps leave over of the size; they go by nothing measured, and no uneven split "
+    "was seen to beat them; --direction and --contrast weigh the blocks"
+)
 WEIGHTED_SPLIT = "weighted; no such split was seen to beat equal factors: layerprobe trial compares them on your data"
 
 
@@ -47,6 +50,8 @@ def print_plan(
     """The table of blocks, what was asked for, reached and proved, and how sure it is. reading: that it goes by."""
     from simpletuner_layerprobe.api.options import EQUAL
 
+    if plan.direction == EQUAL:
+        sure = None  # of what no measurement decides there is nothing to be sure of
     heads, sides, table = _table(rows, sure)
     blank = [""] * (len(heads) - 4)
     table.append(["", "total", *blank, f"{plan.parameters:,}", f"{_size(plan.parameters)} in bf16"])

@@ -6,7 +6,6 @@ import argparse
 
 from simpletuner_layerprobe.commands.arguments import Add
 from simpletuner_layerprobe.commands.output import OK, say, warn
-from simpletuner_layerprobe.show.words import counted
 
 
 def add_parser(add: Add) -> None:
@@ -30,7 +29,7 @@ def command(arguments: argparse.Namespace) -> int:
     sources = merge(arguments.runs, arguments.out)
     arguments.written = [arguments.out]
     for source in sources:
-        say(f"{source.path}: {counted(source.samples, 'sample')}")
+        say(f"{source.path}: {load(source.path).counted}")
     warn(
         *(
             f"{source.path}: {source.skipped:,} samples are in the runs before it or in it twice: counted once"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import sys
 import textwrap
@@ -142,11 +143,29 @@ def _wrapped(text: str, width: int) -> list[str]:
 
 
 def print_verdict(verdict: Verdict, *, wide: bool = False) -> None:
-    """The five lines, and the commands below them, each whole on its own line: to be copied."""
+    """The five lines, and the commands below them, to be copied: too long ones go on behind a backslash."""
     for name, sentence in verdict.lines.items():
         print_text(f"{name:<12}", f"{sentence}.", wide=wide)
     for name, command in verdict.commands.items():
-        say(f"  {name:<10}{command}")
+        _print_command(f"  {name:<10}", command, wide=wide)
+
+
+def _print_command(label: str, command: str, *, wide: bool) -> None:
+    """A command beside its label, in lines that a shell takes for one where it is too wide."""
+    words: list[str] = []
+    for word in shlex.split(command):
+        if word.startswith("--") or not words:
+            words.append(word)
+        else:  # an option keeps its value
+            words[-1] += f" {shlex.quote(word)}"
+    lines = words[:1]
+    for word in words[1:]:
+        if len(label) + len(f"{lines[-1]} {word} \\") > room(wide):
+            lines.append(f"  {word}")
+        else:
+            lines[-1] += f" {word}"
+    for i, line in enumerate(lines):
+        say((" " * len(label) if i else label) + line + " \\" * (i < len(lines) - 1))
 
 
 def bin_labels(bins: int) -> list[str]:

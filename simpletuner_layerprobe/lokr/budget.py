@@ -85,7 +85,6 @@ class Budget:
             raise ConfigError(f"blocks with factor 1 are for lokr; {algo} has ranks")
         self.groups = tuple(groups)
         self.parameters = parameters
-        self._algo = algo
         self._direction = direction
         self._contrast = contrast
         chains: dict[tuple[str, str, str], list[int]] = {}
@@ -175,7 +174,7 @@ class Budget:
         more = f"more than {math.ceil(allotment.slack * 1e4) / 1e4:.2%}" if allotment.slack else "any"
         weighing = "" if self._direction == UNIFORM else " (weighted by contribution)"
         text = f"{where}; none there has a mean capacity{weighing} {more} larger"
-        if allotment.differing:
+        if allotment.differing and self._direction != UNIFORM:
             text += (
                 f"; {len(allotment.differing)} of {len(self.groups)} differ from those that replicates are judged by"
             )

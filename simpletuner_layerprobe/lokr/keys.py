@@ -47,6 +47,18 @@ def read_by(algo: str, key: str) -> bool:
     return key in _mentioned(algo)
 
 
+def acts_on(algo: str, *attributes: str) -> bool:
+    """Whether an algorithm looks at one of these of its own in anything but its making."""
+    made = [kind for kind in _class(algo).__mro__ if "lycoris" in kind.__module__]
+    methods = [member for kind in made for name, member in vars(kind).items() if name != "__init__"]
+    return any(
+        isinstance(node, ast.Attribute) and node.attr in attributes
+        for method in methods
+        if inspect.isfunction(method)
+        for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(method))))
+    )
+
+
 def inside_keys(algo: str) -> frozenset[str]:
     """The settings that an algorithm looks at, as single names and classes give them."""
     return frozenset({"algo", *OF_ONE, *_mentioned(algo)})

@@ -24,6 +24,7 @@ from simpletuner_layerprobe.errors import ConfigError
 from simpletuner_layerprobe.lokr.adapter import Adapter
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 # What SimpleTuner takes out of the config and hands to `create_lycoris` by position, or keeps.
@@ -46,13 +47,13 @@ def adapters_of(loras: Iterable[Any]) -> list[Adapter]:
     return [_adapter(lora, algorithms.get(type(lora), "norm")) for lora in loras]
 
 
-def tensors_on(config: Mapping[str, Any], model: nn.Module) -> dict[str, tuple[nn.Module, dict[str, tuple[int, ...]]]]:
-    """What LyCORIS saves: its name of a module -> the module, and the name and shape of each tensor in the file."""
+def tensors_on(config: Mapping[str, Any], model: nn.Module) -> dict[str, tuple[nn.Module, dict[str, torch.Tensor]]]:
+    """What LyCORIS saves: its name of a module -> the module, and each tensor of the file by its name.
+
+    The tensors have shapes and no numbers, but for alpha.
+    """
     with weightless():
-        return {
-            lora.lora_name: (lora.org_module[0], {key: tuple(t.shape) for key, t in lora.state_dict().items()})
-            for lora in built_on(config, model)
-        }
+        return {lora.lora_name: (lora.org_module[0], lora.state_dict()) for lora in built_on(config, model)}
 
 
 def built_on(config: Mapping[str, Any], model: nn.Module) -> list[Any]:

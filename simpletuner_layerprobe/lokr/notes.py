@@ -27,6 +27,7 @@ from simpletuner_layerprobe.lokr.presets import (
     written_preset,
 )
 from simpletuner_layerprobe.lokr.stops import bypasses
+from simpletuner_layerprobe.lokr.values import idle_values
 
 if TYPE_CHECKING:
     from simpletuner_layerprobe.lokr.check import Row
@@ -55,6 +56,7 @@ def notes_of(config: Mapping[str, Any], model: Model, rows: Sequence[Row]) -> tu
             'settings leak into the next class; write "target_module": [] and let the names decide'
         )
     notes += [*_presets(config), *_unread(config, rows), *_unread_inside(config, rows)]
+    notes += idle_values(config, model, rows)
     if any(row.got for row in rows):
         notes += _idle(config, model, rows)
     return tuple(notes)

@@ -10,7 +10,6 @@ from typing import Any
 from simpletuner_layerprobe.errors import ConfigError
 from simpletuner_layerprobe.lokr.adapter import LORA, planned_adapter
 from simpletuner_layerprobe.lokr.groups import Model, layer_kind
-from simpletuner_layerprobe.lokr.proof import check_config
 
 INSTEAD = "give --params N, the path of a LyCORIS config as --params, or --preset article"
 
@@ -28,7 +27,10 @@ class Own:
 
     @cached_property
     def parameters(self) -> int:
-        """Its trainable numbers, for a LyCORIS config as LyCORIS builds it. Raises ConfigError if they are unknown."""
+        """Its trainable numbers: what the probe has counted, else, for a LyCORIS config, as LyCORIS builds it.
+
+        Raises ConfigError if they are unknown.
+        """
         problem, count = self.problem, 0
         if not problem and self.training.get("init_lora"):
             problem = "it goes on from the adapter in init_lora, whose size is that file's"
@@ -50,7 +52,11 @@ class Own:
 
     def _counted(self) -> tuple[str, int]:
         """What is in the way, "" if nothing is, and the number."""
+        if count := whole_number(self.training.get("parameters")):
+            return "", count
         if str(self.training.get("lora_type")).lower() == "lycoris":
+            from simpletuner_layerprobe.lokr.proof import check_config
+
             config = self.training.get("lycoris_config")
             if not isinstance(config, dict):
                 return "it names no lycoris_config", 0
@@ -68,8 +74,13 @@ class Own:
 
 def lora_parameters(model: Model, targets: list[Any], rank: Any) -> int:
     """The trainable numbers of PEFT's LoRA on the linear and convolution layers whose names end with a target."""
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+    if not whole_number(rank):
         return 0
     ends = tuple(f".{target}" for target in targets)
     adapted = [m for m in model.modules if f".{m.name}".endswith(ends) and layer_kind(m) in ("linear", "conv")]
     return sum(rank * planned_adapter(LORA, module.shape, 1).parameters for module in adapted)
+
+
+def whole_number(value: Any) -> int:
+    """A whole number from 1 in what was read from a file; 0 for anything else."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0

@@ -135,12 +135,11 @@ class Plan:
     """A factor (with loha, locon and lora a rank) for every group of modules.
 
     blocks: all, in the model's order. groups, numbers: one factor or rank per group; frozen blocks have no group.
-    block_factors: the article's factor of every block, () with a budget. decided_K: the number of the block that each
-    of the K decisions of `decide_of` is about: one per block that is not frozen, with a budget one per group. budget:
-    the parameters asked for, None in the article's recipe; direction: how it is split, "" in that; least, most: what
-    the smallest and the largest plan of the kind have. bound: what is proved, in words, "" without a budget. differing:
-    places of the groups that get another number from the method that judges replicates, which is as good (budget.py).
-    own: what the run's own config trains, None without a run. check: what LyCORIS or PEFT builds, once it is verified.
+    block_factors: the article's factor of every block, () with a budget. budget: the parameters asked for, None in the
+    article's recipe; direction: how it is split, "" in that; least, most: what the smallest and the largest plan of the
+    kind have. bound: what is proved, in words, "" without a budget. differing: places of the groups that get another
+    number from the method that judges replicates, which is as good (budget.py). own: what the run's own config trains,
+    None without a run. check: what LyCORIS or PEFT builds, once it is verified.
     """
 
     model: Model = field(repr=False)
@@ -148,7 +147,6 @@ class Plan:
     blocks: tuple[str, ...]
     groups: tuple[Group, ...]
     numbers: tuple[int, ...]
-    decided_K: tuple[int, ...]
     block_factors: tuple[int, ...] = ()
     budget: int | None = None
     least: int | None = None
@@ -269,12 +267,11 @@ def make_plan(
         critical = recipe.critical if isinstance(recipe.critical, tuple) else contribution.critical_union()
         factor_L = article_factors(contribution.value_L, contrast=recipe.contrast, critical=critical).tolist()
         numbers = tuple(recipe.article_number(group, factor_L[group.number]) for group in groups)
-        return plan(numbers=numbers, decided_K=_kept(groups), block_factors=tuple(factor_L))
+        return plan(numbers=numbers, block_factors=tuple(factor_L))
     budget = recipe.budget(groups, parameters, contribution.critical)
     allotment = budget.plan(_by_group(groups, contribution.value_L) | dict(streams))
     made = plan(
         numbers=allotment.numbers,
-        decided_K=tuple(group.number for group in groups),
         budget=parameters,
         least=budget.least,
         most=budget.most,
@@ -327,15 +324,10 @@ def _by_group(groups: Sequence[Group], value_L: NDArray[np.float64]) -> dict[str
     return dict.fromkeys((JOINT, *(group.stream for group in groups)), value_L)
 
 
-def _kept(groups: Sequence[Group]) -> tuple[int, ...]:
-    """The numbers of the blocks that are not frozen."""
-    return tuple(dict.fromkeys(group.number for group in groups))
-
-
 def _article_alike(recipe: Recipe, groups: Sequence[Group]) -> Callable[[NDArray[np.int64]], NDArray[np.int64]]:
     """(R, L) factors -> (R, K), per block the smallest factor with which all of its modules train alike."""
     factors = range(1, max(1, round(recipe.contrast)) + 1)
-    kept = _kept(groups)
+    kept = tuple(dict.fromkeys(group.number for group in groups))  # not frozen
     first: list[NDArray[np.int64]] = []
     for number in kept:
         alike_by_group = [

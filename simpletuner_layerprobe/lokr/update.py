@@ -86,15 +86,6 @@ class Update:
             return abs(self.scale) * float(np.linalg.norm(parts))
         return abs(self.scale) * prod(part.norm() for part in self.parts)
 
-    def matrix(self) -> Array:
-        """The update itself, (out, in * kernel)."""
-        if self.algo == LOHA:
-            return self.scale * self._hadamard(0, self.shape[0])
-        whole, *second = (part.rows(0, part.shape[0]) for part in self.parts)
-        if second:
-            whole = np.kron(whole, second[0]).astype(np.float64, copy=False)
-        return self.scale * whole
-
     def _hadamard(self, start: int, stop: int) -> Array:
         first, second = self.parts
         return first.rows(start, stop) * second.rows(start, stop)

@@ -2,22 +2,33 @@
 
 With A the bytes of one state, in the states' own dtype: the kernel reads 2 A for the angles, and no more for the norms
 and cosines of the updates. torch's own operations read and write, in bf16 or fp16, 14 A for the angles and 17 A for the
-updates. The kernel is written in Triton, which comes with torch on Linux; imported only where such a device is.
+updates. The angles of n states before with one after take (n + 1) A of the memory: the n programs that read the same
+piece of the state after run side by side, and all but the first find it in the device's cache.
+
+The kernel is written in Triton, which comes with torch on Linux; imported only where such a device is.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
+STATES = 4
+"""So many states before are taken by one launch."""
+PROGRAMS = 128
+"""As many programs should at least run: large devices have about as many multiprocessors."""
 
-@triton.jit
+
+@triton.jit(do_not_specialize=["states"])  # one compilation for any number of them
 def _changes(  # type: ignore[no-untyped-def]
-    u_ptr,
+    u_ptrs,
     v_ptr,
     out_ptr,
+    states,
     tokens,
     width,
     u_sample,
@@ -33,7 +44,9 @@ def _changes(  # type: ignore[no-untyped-def]
     UNIT: tl.constexpr,
     UPDATES: tl.constexpr,
 ):
-    """TOKENS tokens of one sample, WIDTH numbers of each at a time; the strides are in elements.
+    """TOKENS tokens of one sample of one of the states before, WIDTH numbers of each at a time.
+
+    The strides are in elements. The updates are stored for the first state before.
 
     The angle needs |v - s u| and |v + s u| with the stretch s = |v| / |u|, which is known only when all has been read.
     So the sums are taken with the stretch s0 of the first WIDTH numbers:
@@ -48,7 +61,11 @@ def _changes(  # type: ignore[no-untyped-def]
     u_number = u_number // UNIT * UNIT
     v_number = v_number // UNIT * UNIT
     sample = tl.program_id(1).to(tl.int64)
-    first = tl.program_id(0) * TOKENS
+    state = tl.program_id(0) % states
+    first = tl.program_id(0) // states * TOKENS
+    u_ptr = u_ptrs[0]
+    for other in tl.static_range(1, len(u_ptrs)):
+        u_ptr = tl.where(state == other, u_ptrs[other], u_ptr)
     token = tl.arange(0, TOKENS)[:, None]
     number = tl.arange(0, WIDTH)[None, :]
     u_ptr += sample * u_sample + first.to(tl.int64) * u_token
@@ -109,44 +126,59 @@ def _changes(  # type: ignore[no-untyped-def]
         angle = tl.where(v_norm == 0, float("nan"), angle * 0.6366197723675814)  # 2 / pi
 
     token = first + tl.arange(0, TOKENS)
+    reading = tl.num_programs(1).to(tl.int64) * tokens
     out_ptr += sample * tokens + token
-    tl.store(out_ptr, angle, mask=token < tokens)
     if UPDATES:
-        reading = tl.num_programs(1).to(tl.int64) * tokens
-        tl.store(out_ptr + reading, norm, mask=token < tokens)
+        stored = (token < tokens) & (state == 0)
+        tl.store(out_ptr + reading, norm, mask=stored)
         cosine = tl.clamp(cosine, -1.0, 1.0, propagate_nan=tl.PropagateNan.ALL)
-        tl.store(out_ptr + 2 * reading, cosine, mask=token < tokens)
+        tl.store(out_ptr + 2 * reading, cosine, mask=stored)
+        state = tl.where(state == 0, 0, state + 2)
+    tl.store(out_ptr + state * reading, angle, mask=token < tokens)
 
 
 def launch(u_BSD: torch.Tensor, v_BSD: torch.Tensor) -> dict[str, int]:
     """How many tokens and numbers a program takes at once, by how the states lie in memory; its warps.
 
-    Where a token's numbers are neighbours, a program takes whole rows, as many as the registers hold. Where tokens are
-    (SD3's and Wan's image streams), it takes 32: 64 bytes of a line in 16 bits, and 128 programs for 4096 tokens; with
-    lines of 64 tokens half of a large device would have none. 32 kB of the next numbers are on their way while some
-    are summed up.
+    Where a token's numbers are neighbours, a program takes whole rows, as many as the registers hold.
+
+    Where tokens are (SD3's and Wan's image streams), it takes a whole line of 128 bytes of them (64 tokens in 16 bits)
+    if that gives PROGRAMS, else less, down to 16 tokens: in 16 bits a sector of 32 bytes, the least that is moved.
+    32 kB of the next numbers are on their way while some are summed up: 4 MB in all at PROGRAMS, where a memory of
+    4.3 TB/s needs 3 MB (0.7 us of it) to be busy. 4096 tokens in 16 bits are half lines: no byte is moved for nothing,
+    and twice as many multiprocessors read.
     """
-    tokens, width = u_BSD.shape[1:]
+    samples, tokens, width = u_BSD.shape
     strides = u_BSD.stride(-1), v_BSD.stride(-1)
-    shape = {"WHOLE": False, "STAGES": 5 if u_BSD.element_size() == v_BSD.element_size() == 2 else 3, "UNIT": 1}
+    size = max(u_BSD.element_size(), v_BSD.element_size())
+    shape = {"WHOLE": False, "STAGES": 5 if size == 2 else 3, "UNIT": 1}
     if strides != (1, 1):
         aligned = all(number % 8 == 0 for number in (tokens, *strides))
-        return shape | {"TOKENS": 32, "WIDTH": 64, "UNIT": 8 if aligned else 1, "num_warps": 8}
+        most = 128 // size
+        some = min(max(samples * tokens // PROGRAMS, 16), most)
+        some = 1 << (some.bit_length() - 1)
+        return shape | {"TOKENS": some, "WIDTH": 2048 // some, "UNIT": 8 if aligned else 1, "num_warps": 8}
     row = triton.next_power_of_2(width)
     if row > 8192:
         return shape | {"TOKENS": 1, "WIDTH": 2048, "num_warps": 4}
-    return shape | {"TOKENS": max(1, 2048 // row), "WIDTH": row, "WHOLE": True, "num_warps": 8 if row > 4096 else 4}
+    return shape | {"TOKENS": max(1, 1024 // row), "WIDTH": row, "WHOLE": True, "num_warps": 8 if row > 4096 else 4}
 
 
-def changes(u_BSD: torch.Tensor, v_BSD: torch.Tensor, updates: bool) -> tuple[torch.Tensor, ...]:
-    """What `token_changes` gives, float32 (B, S): the angle, and if asked for the update's relative norm and cosine.
-
-    The shapes must be equal.
-    """
+def changes(
+    u_BSD: torch.Tensor, v_BSD: torch.Tensor, updates: bool, earlier_BSD: Sequence[torch.Tensor] = ()
+) -> tuple[torch.Tensor, ...]:
+    """What `token_changes` gives. The shapes must be equal, and the dtypes and strides of the states before."""
     samples, tokens, width = u_BSD.shape
-    out = torch.empty(3 if updates else 1, samples, tokens, dtype=torch.float32, device=u_BSD.device)
+    u_ptrs = u_BSD, *earlier_BSD[: STATES - 1]
+    states = len(u_ptrs)
+    readings = states + 2 if updates else states
+    out = torch.empty(readings, samples, tokens, dtype=torch.float32, device=u_BSD.device)
     shape = launch(u_BSD, v_BSD)
-    grid = (triton.cdiv(tokens, shape["TOKENS"]), samples)
+    grid = (triton.cdiv(tokens, shape["TOKENS"]) * states, samples)
+    strides = *u_BSD.stride(), *v_BSD.stride()
     with torch.cuda.device_of(u_BSD):
-        _changes[grid](u_BSD, v_BSD, out, tokens, width, *u_BSD.stride(), *v_BSD.stride(), **shape, UPDATES=updates)
-    return out.unbind()
+        u_ptrs += (u_BSD,) * (STATES - states)
+        _changes[grid](u_ptrs, v_BSD, out, states, tokens, width, *strides, **shape, UPDATES=updates)
+    further_BSD = earlier_BSD[STATES - 1 :]
+    further = changes(further_BSD[0], v_BSD, False, further_BSD[1:]) if further_BSD else ()
+    return *out.unbind(), *further

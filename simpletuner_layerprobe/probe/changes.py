@@ -20,26 +20,34 @@ from simpletuner_layerprobe.probe.tokens import LAYOUTS
 
 @dataclass(slots=True)
 class Change:
-    """The angles of all tokens of a state before and after a block.
+    """All tokens of a state before and after a block; the angles between them, once `take` was called.
 
-    updates: the norms and cosines of what the block added, if asked for. spans_BS: the angles over several blocks in a
-    row that end with this one, by the path of the first.
+    earlier_BSD: the states before earlier blocks with which the state after is to be compared too, by the blocks'
+    paths; spans_BS: their angles. updates: the norms and cosines of what the block added, if asked for.
     """
 
     before_BSD: torch.Tensor
     after_BSD: torch.Tensor
-    angles_BS: torch.Tensor
-    updates: list[torch.Tensor]
-    spans_BS: dict[str, torch.Tensor] = field(default_factory=dict)
+    earlier_BSD: dict[str, torch.Tensor] = field(default_factory=dict)
+    angles_BS: torch.Tensor = field(init=False)
+    updates: list[torch.Tensor] = field(init=False)
+    spans_BS: dict[str, torch.Tensor] = field(init=False)
 
     @property
     def tokens(self) -> int:
         """Number of tokens S."""
-        return self.angles_BS.shape[1]
+        return self.before_BSD.shape[1]
+
+    def take(self, updates: bool) -> None:
+        """Take the angles, and if asked for the updates. Raises ModelError if the block changed the state's shape."""
+        earlier_BSD = [*self.earlier_BSD.values()]
+        self.angles_BS, *values = token_changes(self.before_BSD, self.after_BSD, updates, earlier_BSD)
+        self.updates, angles = values[: 2 * updates], values[2 * updates :]
+        self.spans_BS = dict(zip(self.earlier_BSD, angles, strict=True))
 
 
-def change(block: Block, seam: StreamSeam, before: torch.Tensor, result: Any, updates: bool) -> Change:
-    """What the block made of the seam's state `before`, by what it returned; updates: also what it added.
+def change(block: Block, seam: StreamSeam, before: torch.Tensor, result: Any) -> Change:
+    """What the block made of the seam's state `before`, by what it returned.
 
     Raises ModelError if the block returned no such state, and for a state without tokens.
     """
@@ -47,8 +55,7 @@ def change(block: Block, seam: StreamSeam, before: torch.Tensor, result: Any, up
     before_BSD, after_BSD = layout(before), layout(state_after(block, seam, before, result))
     if before_BSD.shape[1] == 0:
         raise no_tokens(block, seam, 0, slice(0, 0))
-    angles_BS, *added = token_changes(before_BSD, after_BSD, updates)
-    return Change(before_BSD, after_BSD, angles_BS, added)
+    return Change(before_BSD, after_BSD)
 
 
 def state_before(block: Block, argument: str, call: Call) -> torch.Tensor:

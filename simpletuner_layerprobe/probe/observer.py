@@ -6,8 +6,10 @@ Shapes: B batch, S tokens, D width, L blocks.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,10 +19,10 @@ from simpletuner_layerprobe.errors import ModelError
 from simpletuner_layerprobe.probe.blocks import Block, find_blocks, stream_blocks
 from simpletuner_layerprobe.probe.calls import Call, watched
 from simpletuner_layerprobe.probe.changes import Change, change, no_tokens, state_before
-from simpletuner_layerprobe.probe.distances import token_angles
 from simpletuner_layerprobe.probe.families import Family, StreamSeam
-from simpletuner_layerprobe.probe.pairs import Before, Trail, moved_angles
+from simpletuner_layerprobe.probe.pairs import Before, Pair, Trail, moved_angles
 from simpletuner_layerprobe.probe.parts import Part
+from simpletuner_layerprobe.probe.side_stream import STREAM_SWITCH, SideStream
 from simpletuner_layerprobe.probe.states import State, States
 from simpletuner_layerprobe.probe.token_masks import RULES
 from simpletuner_layerprobe.probe.tokens import Forward
@@ -30,6 +32,8 @@ from simpletuner_layerprobe.readings import TOKENS, extra_readings, parse_readin
 
 Values = dict[tuple[str, str], dict[str, torch.Tensor]]
 """Of one forward: (stream, reading) -> (B,) float32 by the path of the (first) block."""
+Reads = tuple[str, Change, Part, list[Pair]]
+"""What to read of a stream after a block: its name, what became of its state, its tokens in it, the pairs that end."""
 
 
 class Observer:
@@ -61,6 +65,7 @@ class Observer:
         }
         self._trails = {stream: Trail(self._longest, len(paths)) for stream, paths in self.streams.items()}
         self._states = States([block.path for block in self.blocks])
+        self._side = SideStream(os.environ.get(STREAM_SWITCH) == "1")
         self._stack = ExitStack()
         self._batch: Mapping[str, Any] | None = None
         self._text_mask_BS: torch.Tensor | None = None
@@ -168,6 +173,7 @@ class Observer:
     def _forward_ends(self, *_: Any) -> None:
         """Blocks that gradient checkpointing runs again in the backward are not observed."""
         if self._forward is not None:
+            self._side.learned()
             self._states.learned()
             self._forget()
 
@@ -186,16 +192,22 @@ class Observer:
             return
         self._states.after_block(block.path, states.values())
         changes: dict[tuple[str, int | None], Change] = {}  # once for all streams of one state
+        streams: list[Reads] = []
+        shared = []  # states that others can change
         for seam in block.seams:
             state = states[seam.argument]
             key = seam.argument, seam.result
             if key not in changes:
-                changes[key] = change(block, seam, state.value, result, self._residual)
+                changes[key] = change(block, seam, state.value, result)
             tokens = changes[key].tokens
             if len(states) == len(block.seams):  # each stream has a state of its own
                 self._forward.lengths[seam.stream] = tokens
             part = self._parts[block.path, seam.stream] = self._part(block, seam, tokens)
-            self._read(block, seam, state, changes[key], part)
+            pairs = self._pairs(block, seam, state, changes[key], part) if self._longest > 1 else []
+            streams.append((seam.stream, changes[key], part, pairs))
+            given = [kept.given for kept in (state, *(pair.first.state for pair in pairs))]
+            shared += [changes[key].after_BSD, *(tensor for tensor in given if tensor is not None)]
+        self._side.run(block.path, shared, partial(self._take, block.path, changes.values(), streams))
         self._forward.block = self._forward.call  # that of the block holds the states
 
     def _part(self, block: Block, seam: StreamSeam, tokens: int) -> Part:
@@ -206,30 +218,37 @@ class Observer:
             raise no_tokens(block, seam, tokens, part.tokens)
         return part
 
-    def _read(self, block: Block, seam: StreamSeam, state: State, change: Change, part: Part) -> None:
+    def _pairs(self, block: Block, seam: StreamSeam, state: State, change: Change, part: Part) -> list[Pair]:
+        """The pairs of the stream that end with this block; those in place are compared with the state after it."""
+        number = self._numbers[seam.stream, block.path]
+        last = Before(number, block.path, state, change.before_BSD, part, seam.tokens)
+        pairs = self._trails[seam.stream].follow(last)
+        for pair in pairs:
+            if pair.first.state.changed:
+                self._states.changed_later(pair.first.path)
+            if pair.in_place:
+                change.earlier_BSD[pair.first.path] = pair.first.state_BSD
+        return pairs
+
+    def _take(self, path: str, changes: Iterable[Change], streams: Iterable[Reads]) -> None:
+        """Take every distance after a block."""
+        for made in changes:
+            made.take(self._residual)
+        for stream, made, part, pairs in streams:
+            self._read(stream, path, made, part, pairs)
+
+    def _read(self, stream: str, path: str, change: Change, part: Part, pairs: list[Pair]) -> None:
         """Take every reading of one stream."""
-        self._put(seam.stream, "", block.path, part.readings(change.angles_BS))
+        self._put(stream, "", path, part.readings(change.angles_BS))
         if change.updates:
             norm_BS, cosine_BS = change.updates
-            self._put(seam.stream, "", block.path, update_readings(norm_BS, cosine_BS, part))
-        if self._longest > 1:
-            number = self._numbers[seam.stream, block.path]
-            before = Before(number, block.path, state, change.before_BSD, part, seam.tokens)
-            self._read_pairs(seam.stream, before, change)
-
-    def _read_pairs(self, stream: str, last: Before, change: Change) -> None:
-        """The distances of the pairs that end with this block; the state before it is kept for those to come."""
-        for span, first in self._trails[stream].follow(last):
-            if first.state.changed:
-                self._states.changed_later(first.path)
-            if first.in_place_with(last):
-                # The streams of one joint state share the angles.
-                if first.path not in change.spans_BS:
-                    change.spans_BS[first.path] = token_angles(first.state_BSD, change.after_BSD)
-                angles_BS, part = change.spans_BS[first.path], last.part
+            self._put(stream, "", path, update_readings(norm_BS, cosine_BS, part))
+        for pair in pairs:
+            if pair.in_place:
+                angles_BS, own = change.spans_BS[pair.first.path], part
             else:
-                angles_BS, part = moved_angles(first, last, change.after_BSD)
-            self._put(stream, f"pair{span}_", first.path, part.readings(angles_BS))
+                angles_BS, own = moved_angles(pair, change.after_BSD)
+            self._put(stream, f"pair{pair.span}_", pair.first.path, own.readings(angles_BS))
 
     def _put(self, stream: str, prefix: str, path: str, values: Mapping[str, torch.Tensor]) -> None:
         for name, value_B in values.items():

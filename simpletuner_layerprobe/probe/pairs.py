@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -36,10 +35,6 @@ class Before:
     part: Part
     rule: str
 
-    def in_place_with(self, other: Before) -> bool:
-        """Whether the stream's tokens stand at the same positions of both states."""
-        return self.rule == other.rule and self.state_BSD.shape == other.state_BSD.shape
-
     def leads_to(self, other: Before) -> bool:
         """Whether the stream goes on in `other` with as many tokens of the same width, as far as the host knows."""
         if other.number != self.number + 1 or other.state_BSD.shape[2] != self.state_BSD.shape[2]:
@@ -53,6 +48,20 @@ class Before:
         """The stream's tokens as a bool mask (samples, S)."""
         samples, tokens, _ = self.state_BSD.shape
         return self.part.mask(samples, tokens, self.state_BSD.device)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The blocks from the one after `first` to the one after `last`, `span` in number."""
+
+    span: int
+    first: Before
+    last: Before
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the stream's tokens stand at the same positions of both states."""
+        return self.first.rule == self.last.rule and self.first.state_BSD.shape == self.last.state_BSD.shape
 
 
 class Trail:
@@ -70,23 +79,25 @@ class Trail:
     def clear(self) -> None:
         self._kept.clear()
 
-    def follow(self, last: Before) -> Iterator[tuple[int, Before]]:
-        """(span, the state before the first block) of every pair that ends with the block of `last`, shortest first."""
+    def follow(self, last: Before) -> list[Pair]:
+        """Every pair that ends with the block of `last`, shortest first; `last` is kept for those to come."""
         if self._kept and not self._kept[-1].leads_to(last):
             self._kept.clear()
         self._kept.append(last)
-        yield from enumerate(list(self._kept)[-2::-1], start=2)
+        pairs = [Pair(span, first, last) for span, first in enumerate(list(self._kept)[-2::-1], start=2)]
         if last.number == self._blocks - 1:
             self._kept.clear()
         elif len(self._kept) == self._kept.maxlen:
             self._kept.popleft()
+        return pairs
 
 
-def moved_angles(first: Before, last: Before, after_BSD: torch.Tensor) -> tuple[torch.Tensor, Part]:
+def moved_angles(pair: Pair, after_BSD: torch.Tensor) -> tuple[torch.Tensor, Part]:
     """The angles of a stream's tokens before the first and after the last block, where they are at other positions.
 
     Returns (B, S) float32 as `token_angles` does, and the stream's Part of these S.
     """
+    first, last = pair.first, pair.last
     before, after = first.part.tokens, last.part.tokens
     if isinstance(before, slice) and isinstance(after, slice):
         angles_BS = token_angles(first.state_BSD[:, before], after_BSD[:, after])

@@ -37,13 +37,12 @@ class Verdict:
 def enough_line(samples: str, sure: Confidence, goal: str, times: int | None) -> str:
     """Of how many images there are how many samples, and whether that is enough. goal: what `sure` is of. times: as
     `times_to_settle` says."""
-    settled = f"{sure.text()} ({goal})"
     if sure.settled:
-        return f"{samples}, enough: {settled}"
-    more = f"far more {sure.unit}s than there are would not settle all"
+        return f"{samples}, enough for {goal}: {sure.text()}"
+    more = f"settling all would take far more {sure.unit}s"
     if times is not None:
-        more = f"about {times} times the {sure.unit}s would settle all"
-    return f"{samples}, not enough for every factor: {settled}" + (f"; {more}" if sure.enough else "")
+        more = f"settling all would take about {times} times the {sure.unit}s"
+    return f"{samples}, not enough for all of {goal}: {sure.text()}" + (f"; {more}" if sure.enough else "")
 
 
 def blocks_line(sure: Confidence, value_L: NDArray[np.float64], measured_L: NDArray[np.bool_]) -> str:

@@ -71,10 +71,4 @@ def install() -> None:
             _run(hook, module)
 
 
-def uninstall() -> None:
-    """Take the finder out again. What was hooked in this process so far stays."""
-    if is_installed():
-        sys.meta_path.remove(PostImportFinder)
-
-
 install()

@@ -7,6 +7,7 @@ Nothing of the training is changed, its random numbers neither, and an error in 
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from simpletuner_layerprobe.errors import ConfigError
@@ -23,7 +25,7 @@ from simpletuner_layerprobe.files import ADAPTER_NAME, BESIDE_ADAPTER
 from simpletuner_layerprobe.probe.modules import module_table, norm_widths
 from simpletuner_layerprobe.probe.wrappers import named_modules, unwrapped
 from simpletuner_layerprobe.run.manifest import Module
-from simpletuner_layerprobe.training.adapter import ADAPTER, differences, header
+from simpletuner_layerprobe.training.adapter import ADAPTER, BF16_ROUNDING, differences, header
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def guarded(trainer: Any, mode: str, verdicts: Callable[[], Verdicts], make: Cal
     make()
     wrong: list[str] = []
     if base is not None:
-        with _forgiving(trainer), _random_numbers_kept():
+        with _forgiving(trainer), random_numbers_kept():
             verdict = _look(trainer, base, verdicts())
             _say(trainer, verdict.lines)
             wrong += [verdict.wrong] if verdict.wrong else []
@@ -107,7 +109,7 @@ def _forgiving(trainer: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _random_numbers_kept() -> Iterator[None]:
+def random_numbers_kept() -> Iterator[None]:
     """LyCORIS draws the first values of what is built for comparison: nothing on a device, and these are put back."""
     kept = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
@@ -170,10 +172,11 @@ def _resumed(trainer: Any) -> list[str]:
     if path is None:
         return []
     shapes = {key: shape for key, shape in header(path)[0].items() if not key.startswith(BESIDE_ADAPTER)}
+    other_alphas = []
     if str(trainer.config.lora_type).lower() == "lycoris":
-        made = {
-            name: tuple(each.shape) for name, each in trainer.accelerator._lycoris_wrapped_network.state_dict().items()
-        }
+        network = trainer.accelerator._lycoris_wrapped_network
+        made = {name: tuple(each.shape) for name, each in network.state_dict().items()}
+        other_alphas = _other_alphas(network, path)
     else:
         prefix = f"{trainer.model.MODEL_TYPE.value}."
         if not all(key.startswith(prefix) for key in shapes):
@@ -181,7 +184,27 @@ def _resumed(trainer: Any) -> list[str]:
         marked = f".{ADAPTER}"
         parameters = trainer.model.get_trained_component().named_parameters()
         made = {prefix + name.replace(marked, ""): tuple(each.shape) for name, each in parameters if ".lora_" in name}
-    return [f"it would resume from {path}, and {problem}" for problem in differences(made, shapes)]
+    return [f"it would resume from {path}, and {problem}" for problem in differences(made, shapes) + other_alphas]
+
+
+def _other_alphas(network: Any, path: Path) -> list[str]:
+    """What loads without a word: LyCORIS takes alpha from the file, and goes on with the scale that it was made with.
+
+    Full matrices of LoKr's have the scale 1 whatever their alpha.
+    """
+    scaled = {f"{lora.lora_name}.alpha": lora for lora in network.loras if hasattr(lora, "alpha")}
+    with safe_open(path, "pt") as opened:
+        other = {
+            key: (float(opened.get_tensor(key)), float(lora.alpha))
+            for key, lora in scaled.items()
+            if key in opened.keys()  # noqa: SIM118 - not a mapping
+            and not (getattr(lora, "use_w1", False) and getattr(lora, "use_w2", False))
+        }
+    other = {key: pair for key, pair in other.items() if not math.isclose(*pair, rel_tol=BF16_ROUNDING)}
+    if not other:
+        return []
+    key, (held, here) = next(iter(other.items()))
+    return [f"{len(other)} have another alpha, such as {key}: {held:g} in the file, {here:g} here, which scales it"]
 
 
 def _checkpoint(config: Any) -> Path | None:

@@ -7,7 +7,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -44,6 +44,7 @@ from simpletuner_layerprobe.training.adapter import AdapterFile
 from simpletuner_layerprobe.training.facts import sample_facts, text_mask
 from simpletuner_layerprobe.training.fixed_noise import FixedNoise, NoDraws
 from simpletuner_layerprobe.training.goal import Goal
+from simpletuner_layerprobe.training.guard import random_numbers_kept
 from simpletuner_layerprobe.training.losses import predictions, sample_losses
 from simpletuner_layerprobe.training.noise import RULES, sigma_of
 from simpletuner_layerprobe.training.noise_check import NoiseCheck, how_checked
@@ -56,6 +57,9 @@ from simpletuner_layerprobe.training.stop import Stop
 from simpletuner_layerprobe.training.summary import LastLine, start_text
 
 CONFIG_NAME = "config.json"
+
+OwnParameters = Callable[[Mapping[str, Any], Manifest], int | None]
+"""(what a config trains, the model) -> its trainable parameters, None if they are not known."""
 
 
 class Watcher(Protocol):
@@ -95,18 +99,26 @@ class Session:
     """The state of one probe-only run in one process.
 
     options: as the user gave them. changed: what was switched off in them, one line per reason. training: what they
-    would train (own.py), {} if that is not known. assistant: the strength of SimpleTuner's assistant LoRA, None without
-    one. goal: how much is to be recorded. stop: what signals ask for.
+    would train (own.py), {} if that is not known; own_parameters: counts it, once and for the run. assistant: the
+    strength of SimpleTuner's assistant LoRA, None without one. goal: how much is to be recorded. stop: what signals ask
+    for.
     adapter: the file that goes onto the base, None for the base alone; adapter_settings: what decides its effect, and
     base: the module table and the fingerprint of the model without it, both set when it is loaded. fixed_noise: what
     the noise seed fixes, None without one. idle_parameter: the one parameter that the optimizer gets.
     """
 
-    def __init__(self, settings: ProbeSettings, options: Mapping[str, Any], watchers: Sequence[Watcher] = ()) -> None:
+    def __init__(
+        self,
+        settings: ProbeSettings,
+        options: Mapping[str, Any],
+        watchers: Sequence[Watcher] = (),
+        own_parameters: OwnParameters = lambda training, model: None,
+    ) -> None:
         self.settings = settings
         self.options = dict(options)
         self.changed: list[str] = []
         self.training: dict[str, Any] = {}
+        self._own_parameters = own_parameters
         self.assistant: float | None = None
         self.adapter = AdapterFile.read(settings.adapter) if settings.adapter else None
         self.adapter_settings: dict[str, object] = {}
@@ -204,7 +216,7 @@ class Session:
             manifest = create_run(self.settings.directory, self._manifest(flavour, settings, versions))
             with self._alone():
                 if self.goal.rank == 0:
-                    self._keep_options()
+                    self._keep_options(manifest)
                 check = NoiseCheck(RULES[self.family.noise], self.family.name)
                 self.recorder = recorder = Recorder(
                     self.settings.directory, manifest, self.goal.rank, check, self._seen, self.stop
@@ -253,8 +265,12 @@ class Session:
             source="probe",
         )
 
-    def _keep_options(self) -> None:
+    def _keep_options(self, manifest: Manifest) -> None:
         """Put the user's SimpleTuner options beside the manifest, for the follow-up's config, and what they train."""
+        if self.training and not (Path(self.settings.directory) / TRAINING_NAME).exists():
+            # What cannot be counted ends no run; a command that needs the number says why.
+            with random_numbers_kept(), suppress(Exception):
+                self.training |= {"parameters": self._own_parameters(self.training, manifest)}
         for name, kept in ((CONFIG_NAME, self.options), (TRAINING_NAME, self.training)):
             path = Path(self.settings.directory) / name
             if kept and not path.exists():

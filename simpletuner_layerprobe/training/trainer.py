@@ -29,7 +29,7 @@ from simpletuner_layerprobe.probe.wrappers import unwrapped
 from simpletuner_layerprobe.training import adapter, cpu, given, guard, loop, overrides, own, signals
 from simpletuner_layerprobe.training.options import ProbeSettings, guard_mode
 from simpletuner_layerprobe.training.seams import SEAMS, missing_seams, simpletuner_version
-from simpletuner_layerprobe.training.session import Session, Watcher
+from simpletuner_layerprobe.training.session import OwnParameters, Session, Watcher
 
 logger = logging.getLogger("SimpleTuner")
 
@@ -50,16 +50,19 @@ Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
 WRAPPERS: dict[str, Wrapper] = {}
 
 
-def install(module: Any, watchers_of: WatchersOf, verdicts: Callable[[], guard.Verdicts]) -> None:
+def install(
+    module: Any, watchers_of: WatchersOf, verdicts: Callable[[], guard.Verdicts], own_parameters: OwnParameters
+) -> None:
     """Wrap the Trainer of `simpletuner.helpers.training.trainer`. If a seam is missing, only refuse the flag.
 
-    verdicts: gives what the guard of normal trainings asks.
+    verdicts: gives what the guard of normal trainings asks. own_parameters: counts what a config trains.
     """
     sys.excepthook = one_line_errors(sys.excepthook)
     cpu.install_pin_memory_fallback()
     trainer_class = module.Trainer
     trainer_class.layerprobe_watchers_of = staticmethod(watchers_of)
     trainer_class.layerprobe_verdicts = staticmethod(verdicts)
+    trainer_class.layerprobe_own_parameters = staticmethod(own_parameters)
     missing = missing_seams(trainer_class)
     if missing:
         trainer_class.__init__ = _refusing(trainer_class.__init__, missing)
@@ -76,6 +79,7 @@ def uninstall(module: Any) -> None:
         if method is not None and getattr(method, "layerprobe", False):
             setattr(trainer_class, name, method.__wrapped__)
     del trainer_class.layerprobe_watchers_of, trainer_class.layerprobe_verdicts
+    del trainer_class.layerprobe_own_parameters
     if getattr(sys.excepthook, "layerprobe", False):
         sys.excepthook = vars(sys.excepthook)["__wrapped__"]
     cpu.uninstall_pin_memory_fallback()
@@ -179,7 +183,7 @@ def start_session(trainer: Any, settings: ProbeSettings) -> Session:
     watchers = trainer.layerprobe_watchers_of(
         settings, lambda: trainer.accelerator.trackers, lambda: trainer.state["global_step"]
     )
-    session = Session(settings, given.given_options(), watchers)
+    session = Session(settings, given.given_options(), watchers, trainer.layerprobe_own_parameters)
     with contextlib.suppress(ProbeError):  # a probe needs no file of what it does not train
         session.training = own.own_training(lambda name: getattr(config, name, None))
     session.changed = overrides.override(config, session.options, ("lycoris_config",) if session.adapter else ())

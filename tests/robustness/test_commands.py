@@ -371,9 +371,9 @@ COMMANDS = (
     ("status @run --preset -5", 2, "the preset is '-5'"),
     ("status @run --preset ''", 2, "the preset is ''"),
     ("status @run --preset 1e9", 2, "the preset is '1e9'"),
-    ("status @run --preset 400", 0, "preset 400"),
+    ("status @run --preset 400", 0, "plan of 400"),
     ("status @run --preset 9999999999999999999M", 2, "the preset is"),
-    ("status @run --preset 20kB", 0, "preset 20kB"),
+    ("status @run --preset 20kB", 0, "plan of 20kB"),
     ("status @bare --preset 1M", 0, "no plan can be made: there is no module table"),
     # findings
     ("findings @run", 0, "400 samples of 40 images"),
@@ -672,8 +672,8 @@ COMMANDS = (
     ("import /dev/null OUT/run", 1, "has no records"),
     # export and merge
     ("export @run", 2, "the following arguments are required: FILE"),
-    ("export @one OUT/r.jsonl.gz --facts", 0, "1 sample written"),
-    ("export @escape OUT/r.csv", 0, "400 samples written"),
+    ("export @one --facts OUT/r.jsonl.gz", 0, "1 sample of 1 image written"),
+    ("export @escape OUT/r.csv", 0, "400 samples of 40 images written"),
     ("export @run OUT/r.csv --facts", 1, "is a table"),
     ("export @run OUT/r.csv --tokens mean", 1, "is a table"),
     ("export @mean OUT/r.jsonl --tokens last", 1, "has no reading 'last'"),

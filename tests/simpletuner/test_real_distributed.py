@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import signal
-import socket
 import subprocess
 from pathlib import Path
 
@@ -28,35 +27,6 @@ from test_real_run import (
 )
 
 
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port: int = one.getsockname()[1]
-        return port
-
-
-def start_ranks(simpletuner, folder: Path, ranks: int, setup: str = "") -> list:
-    port = str(free_port())
-    return [
-        simpletuner.start(
-            folder,
-            "tiny-probe",
-            setup=setup,
-            log=f"log{rank}.txt",
-            environment={
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(ranks),
-                "LOCAL_WORLD_SIZE": str(ranks),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
-                "OMP_NUM_THREADS": "1",
-            },
-        )
-        for rank in range(ranks)
-    ]
-
-
 def test_two_ranks_then_one_then_three(simpletuner, tiny):
     """Each start goes on with what is left, and each rank in its own sequence of sigmas."""
     folder = tiny(layerprobe_samples=11, layerprobe_sigmas="stratified", num_train_epochs=1)
@@ -64,7 +34,7 @@ def test_two_ranks_then_one_then_three(simpletuner, tiny):
     for ranks, total, new in ((2, 11, {0: 6, 1: 5}), (1, 14, {0: 3}), (3, 30, {0: 6, 1: 5, 2: 5})):
         set_options(folder, layerprobe_samples=total)
         before = contents(run_of(folder)) if (folder / RUN).exists() else {}
-        results = [rank.result() for rank in start_ranks(simpletuner, folder, ranks)]
+        results = [rank.result() for rank in simpletuner.start_ranks(folder, "tiny-probe", ranks)]
         assert [result.code for result in results] == [0] * ranks, results[-1].log[-4000:]
         expected = {rank: expected.get(rank, 0) + new.get(rank, 0) for rank in expected.keys() | new.keys()}
         run = run_of(folder)
@@ -82,7 +52,7 @@ def test_two_ranks_then_one_then_three(simpletuner, tiny):
 
 def test_a_rank_that_dies_ends_the_others_and_their_rows_are_kept(simpletuner, tiny):
     folder = tiny(max_train_steps=100_000, layerprobe_flush_seconds=0.2)
-    ranks = start_ranks(simpletuner, folder, 3)
+    ranks = simpletuner.start_ranks(folder, "tiny-probe", 3)
     wait_for_batches(folder, 2, ranks[0].text, ranks=3)
     os.kill(ranks[1].pid, signal.SIGKILL)
     results = [rank.result() for rank in ranks]

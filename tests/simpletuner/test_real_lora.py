@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
@@ -10,16 +11,25 @@ from test_real_run import RUN, set_options
 
 from simpletuner_layerprobe import load
 from simpletuner_layerprobe.cli import main
+from simpletuner_layerprobe.lokr.own import Own
 from simpletuner_layerprobe.lokr.size import STATES
 
 # torchao, which diffusers imports, has a string with a stray backslash.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid escape sequence:SyntaxWarning")
 
 
+def counted_by_the_probe(folder: Path) -> None:
+    """What the probe keeps as its own config's size is what a command counts without it."""
+    run = load(folder / RUN)
+    kept = dict(run.own.training)
+    assert kept.pop("parameters") == Own(run.manifest, kept).parameters
+
+
 def test_simpletuner_trains_the_ranks_that_were_planned(simpletuner, tiny, monkeypatch, capsys):
     folder = tiny(max_train_steps=2, train_batch_size=2)
     result = simpletuner.run(folder, "tiny-probe")
     assert result.code == 0, result.log[-3000:]
+    counted_by_the_probe(folder)
     monkeypatch.chdir(folder)
     asked = ["--preset", "article", "--algo", "lora", "--rank", "12", "--env", "tiny-lora", "--json"]
     assert main(["lokr", str(RUN), *asked]) == 0
@@ -53,6 +63,7 @@ def test_the_runs_own_size_is_what_simpletuner_trains(simpletuner, tiny):
     kept = json.loads((folder / RUN / "training.json").read_text())
     assert (kept["lora_type"], kept["lora_rank"], kept["optimizer"]) == ("standard", 4, "adamw_bf16")
     own = load(folder / RUN).own
+    counted_by_the_probe(folder)
     set_options(folder, layerprobe=False, output_dir="output/trained")
     result = simpletuner.run(folder, "tiny-probe", log="trained.txt")
     assert result.code == 0, result.log[-3000:]

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 from real import TESTS
 from safetensors.torch import load_file, save_file
-from test_real_distributed import start_ranks
 from test_real_run import assert_one_line_error, of_rank, set_options
 from test_real_sd3 import distances
 
@@ -57,7 +56,7 @@ def test_a_noise_seed_pairs_runs_whatever_ran_before(simpletuner, tiny):
 
     # Two ranks. Which images each gets is SimpleTuner's affair; some may come to both.
     set_options(folder, layerprobe_dir="ranks")
-    for started in start_ranks(simpletuner, folder, ranks=2):
+    for started in simpletuner.start_ranks(folder, "tiny-probe", 2):
         result = started.result()
         assert result.code == 0, result.log[-4000:]
     ranks = load_run(folder / "ranks")

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from real import EXAMPLES, SimpleTuner
-from test_real_distributed import start_ranks
 from test_real_run import run_of, samples_per_rank, set_options
 
 from simpletuner_layerprobe import api
@@ -60,7 +59,9 @@ def test_two_ranks_end_together_when_the_plan_for_a_budget_is_settled(simpletune
         layerprobe_stop_when_stable=0.5,
         layerprobe_preset="1b",
     )
-    results = [rank.result() for rank in start_ranks(simpletuner, folder, 2, setup="setups.py:eager_trackers")]
+    results = [
+        rank.result() for rank in simpletuner.start_ranks(folder, "tiny-probe", 2, setup="setups.py:eager_trackers")
+    ]
     assert [result.code for result in results] == [0, 0], results[0].log[-3000:] + results[1].log[-3000:]
     assert "every factor of the preset 1b is agreed by 50.0%" in results[0].log
     assert "stopping after this step" in results[0].log

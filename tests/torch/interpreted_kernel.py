@@ -5,7 +5,6 @@ The interpreter does everything but libdevice's functions; numpy's arctan2 stand
 
 from __future__ import annotations
 
-import itertools
 import os
 import sys
 from types import SimpleNamespace
@@ -29,16 +28,23 @@ def atan2(y: tl.tensor, x: tl.tensor) -> tl.tensor:
 
 def main(cases: str, out: str) -> None:
     angles_kernel.libdevice = SimpleNamespace(atan2=atan2)
+    angles_kernel.PROGRAMS = 2  # so that few tokens are in lines, half lines and sectors
     distances.KERNEL_DEVICES = ("cpu",)
-    taken = [angles_kernel.changes(before, after, updates=True) for before, after in torch.load(cases)]
+    given = torch.load(cases)
+    taken = [angles_kernel.changes(before, after, updates=True) for before, after in given["cases"]]
+    earlier = [angles_kernel.changes(before, after, True, further) for after, before, *further in given["earlier"]]
     # The check that a device has to pass before its kernel is used.
     differ = [
-        distances.difference(angles_kernel.changes, CPU, 300, (torch.float32, before), (torch.bfloat16, after), True)
-        for before, after in itertools.product((False, True), repeat=2)
+        distances.difference(angles_kernel.changes, CPU, (300, tokens), (dtype, before), (torch.bfloat16, after), True)
+        for tokens, dtype, before, after in (
+            (192, torch.float32, False, True),
+            (64, torch.float32, True, True),
+            (192, torch.bfloat16, False, False),
+        )
     ]
     state = torch.randn(2, 3, 300)
     trusted = distances.token_changes(state, state, updates=False)
-    torch.save({"changes": taken, "difference": max(differ), "trusted": len(trusted) == 1}, out)
+    torch.save({"changes": taken, "earlier": earlier, "difference": max(differ), "trusted": len(trusted) == 1}, out)
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def test_torch_defaults_change_nothing(by_width, default):
         with torch.device("meta"):
             angles = token_angles(before, after)
             layouts = (torch.float32, True), (torch.bfloat16, not by_width)
-            differ = distances.difference(token_changes, before.device, 96, *layouts, True)
+            differ = distances.difference(token_changes, before.device, (96, 60), *layouts, True)
     finally:
         torch.set_default_dtype(kept)
     assert angles.dtype == torch.float32 and angles.device.type == "cpu"

@@ -26,6 +26,7 @@ triton = pytest.importorskip("triton", reason="Triton comes with torch on Linux 
 CPU = torch.device("cpu")
 FLOAT32 = torch.float32
 ROWS = (FLOAT32, True)
+SIZE = (96, 256)
 LAYOUTS = list(itertools.product((False, True), repeat=2))
 
 
@@ -59,7 +60,10 @@ def test_exact_in_the_interpreter(tmp_path):
         before[0, 1], after[0, 2], after[0, 3, 4], before[0, 4, 90] = 0, 0, torch.inf, torch.nan
         before[0, 5, :64] = 0  # no stretch of the first numbers
         cases.append((before, after))
-    torch.save(cases, tmp_path / "cases")
+    earlier = []
+    for by_width in (False, True):
+        earlier.append([laid_out(states(seed, (2, 5, 96), 0.3, torch.bfloat16)[0], by_width) for seed in range(7)])
+    torch.save({"cases": cases, "earlier": earlier}, tmp_path / "cases")
     script = Path(__file__).parent / "interpreted_kernel.py"
     done = subprocess.run(
         [sys.executable, script, tmp_path / "cases", tmp_path / "taken"],
@@ -76,6 +80,11 @@ def test_exact_in_the_interpreter(tmp_path):
         norm_BS, cosine_BS = float64_updates(before, after)
         np.testing.assert_allclose(norms.numpy(), norm_BS, rtol=1e-6, atol=0)
         np.testing.assert_allclose(cosines.numpy(), cosine_BS, rtol=0, atol=5e-7)
+    for (after, before, *further), (angles, *spans) in zip(earlier, taken["earlier"], strict=True):
+        for state, angles_BS in zip((before, *further), (angles, *spans[2:]), strict=True):
+            np.testing.assert_allclose(angles_BS.numpy(), float64_angles(state, after), rtol=0, atol=2e-7)
+        for value, expected in zip(spans[:2], float64_updates(before, after), strict=True):
+            np.testing.assert_allclose(value.numpy(), expected, rtol=1e-6, atol=5e-7)
     for number in (exact, exact + 4):
         same, opposite, longer, broken = taken["changes"][number : number + 4]
         for values, expected in ((same, (0, 0, math.nan)), (opposite, (1, 2, -1)), (longer, (0, 2, 1))):
@@ -85,6 +94,32 @@ def test_exact_in_the_interpreter(tmp_path):
         assert broken[0].isnan()[0].nonzero().flatten().tolist() == [1, 2, 3, 4]
         np.testing.assert_allclose(broken[0][0, 5:], float64_angles(before[0, 5:], after[0, 5:]), rtol=0, atol=2e-7)
         torch.testing.assert_close(broken[1:], token_updates(before, after), rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("samples", "tokens", "size", "taken"),
+    [
+        (1, 231, 2, 16),
+        (1, 1024, 2, 16),
+        (1, 4096, 2, 32),
+        (1, 8191, 2, 32),
+        (4, 4096, 2, 64),
+        (1, 32760, 2, 64),
+        (1, 1024, 4, 16),
+        (1, 4096, 4, 32),
+    ],
+)
+def test_whole_lines_are_read_where_that_leaves_programs_enough(samples, tokens, size, taken):
+    from simpletuner_layerprobe.probe import angles_kernel
+
+    state = torch.empty(samples, 2432, tokens, dtype={2: torch.bfloat16, 4: FLOAT32}[size], device="meta").mT
+    shape = angles_kernel.launch(state, state)
+    assert shape["TOKENS"] == taken and shape["TOKENS"] * shape["WIDTH"] == 2048
+    assert 32 <= taken * size <= 128  # from a sector to a line
+    on_the_way = 2 * size * 2048 * (shape["STAGES"] - 1)
+    assert on_the_way == 32 * 1024
+    if samples * tokens >= 4096:
+        assert on_the_way * samples * -(-tokens // taken) > 3e6  # Little's law for 4.3 TB/s and 0.7 us
 
 
 def resources(cubin: bytes, folder: Path) -> dict[str, int]:
@@ -115,23 +150,29 @@ def test_compiles_without_a_device_and_without_spills(capability, dtype, tmp_pat
         (5120, 64, True, (False, False)),
         (9216, 64, True, (False, False)),
         (2432, 64, True, (True, False)),
-        (2432, 64, False, (True, True)),
-        (5120, 120, True, (True, True)),  # by 8, as the tokens of a video
+        (2432, 1024, True, (True, True)),
+        (2432, 4096, False, (True, True)),
+        (5120, 32760, True, (True, True)),  # by 8, as the tokens of a video
     ):
-        before, after = (laid_out(torch.empty(1, tokens, width, dtype=dtype), by_width) for by_width in layout)
+        before, after = (
+            laid_out(torch.empty(1, tokens, width, dtype=dtype, device="meta"), by_width) for by_width in layout
+        )
         constants = angles_kernel.launch(before, after) | {"UPDATES": updates}
         launches.append(tuple(constants.values()))
         options = {"num_warps": constants.pop("num_warps")}
-        values = dict(zip(names[3:], (tokens, width, *before.stride(), *after.stride()), strict=False))
+        values = dict(zip(names[3:], (3, tokens, width, *before.stride(), *after.stride()), strict=False))
         constants |= {name: 1 for name, value in values.items() if value == 1}
-        signature = {"u_ptr": short, "v_ptr": short, "out_ptr": "*fp32"} | dict.fromkeys(names[3:], "i32")
+        pointers = {"u_ptrs": (short,) * angles_kernel.STATES, "v_ptr": short, "out_ptr": "*fp32"}
+        signature = pointers | dict.fromkeys(names[3:], "i32")
         # As Triton itself notes it when it sees the values.
-        sixteenth = [n for n, name in enumerate(names) if values.get(name, 0) % 16 == 0 and name not in constants]
+        sixteenth = [(0, state) for state in range(angles_kernel.STATES)] + [
+            (n,) for n, name in enumerate(names) if n > 0 and values.get(name, 0) % 16 == 0 and name not in constants
+        ]
         source = ASTSource(
             angles_kernel._changes,
             signature=signature | dict.fromkeys(constants, "constexpr"),
             constexprs=constants,
-            attrs={(number,): [["tt.divisibility", 16]] for number in sixteenth},
+            attrs={place: [["tt.divisibility", 16]] for place in sixteenth},
         )
         made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         used = resources(made.asm["cubin"], tmp_path)
@@ -148,16 +189,17 @@ def tried(monkeypatch, changes, updates=False) -> object:
 
     monkeypatch.setattr(distances, "KERNEL_DEVICES", ("cpu",))
     monkeypatch.setattr(angles_kernel, "changes", changes)
-    return distances.device_kernel(CPU, 96, ROWS, ROWS, updates)
+    return distances.device_kernel(CPU, SIZE, ROWS, ROWS, updates)
 
 
-def slightly_off(angle: float = 0, norm: float = 0, cosine: float = 0):
+def slightly_off(angle: float = 0, norm: float = 0, cosine: float = 0, earlier: float = 0):
     """A kernel whose values are off by so much, the norm relatively."""
 
-    def changes(u_BSD, v_BSD, updates):
+    def changes(u_BSD, v_BSD, updates, earlier_BSD=()):
         angles_BS, norm_BS, cosine_BS = plain_angles(u_BSD, v_BSD), *token_updates(u_BSD, v_BSD)
         made = angles_BS + angle, norm_BS * (1 + norm), cosine_BS + cosine
-        return made if updates else made[:1]
+        further = (plain_angles(state_BSD, v_BSD) + earlier for state_BSD in earlier_BSD)
+        return *(made if updates else made[:1]), *further
 
     return changes
 
@@ -182,12 +224,13 @@ def test_a_kernel_that_agrees_is_used(monkeypatch, caplog):
         (slightly_off(angle=3e-6), "its values differ by 3e-06"),
         (slightly_off(norm=-3e-6), "its values differ by 3e-06"),
         (slightly_off(cosine=3e-6), "its values differ by 3e-06"),
+        (slightly_off(earlier=3e-6), "its values differ by 3e-06"),
         (slightly_off(angle=math.nan), "its values differ by inf"),
         (slightly_off(norm=math.nan), "its values differ by inf"),
         (slightly_off(cosine=math.nan), "its values differ by inf"),
-        (lambda u, v, updates: slightly_off()(u.flip(-1), v, updates), "its values differ by"),
-        (lambda u, v, updates: slightly_off()(u, v, False), "ValueError: zip()"),
-        (lambda u, v, updates: 1 / 0, "ZeroDivisionError: division by zero"),
+        (lambda u, v, *more: slightly_off()(u.flip(-1), v, *more), "its values differ by"),
+        (lambda u, v, updates, earlier: slightly_off()(u, v, updates), "ValueError: zip()"),
+        (lambda *_: 1 / 0, "ZeroDivisionError: division by zero"),
     ],
 )
 def test_a_kernel_that_does_not_agree_is_not_used(monkeypatch, caplog, changes, reason):
@@ -201,7 +244,7 @@ def test_without_triton_the_plain_operations_do(monkeypatch, caplog):
     monkeypatch.setattr(distances, "KERNEL_DEVICES", ("cpu",))
     monkeypatch.setitem(sys.modules, "simpletuner_layerprobe.probe.angles_kernel", None)
     for width in (96, 64):  # one warning
-        assert distances.device_kernel(CPU, width, ROWS, ROWS, False) is None
+        assert distances.device_kernel(CPU, (width, 256), ROWS, ROWS, False) is None
     (record,) = caplog.records
     assert "fused kernel is not used" in record.getMessage()
 
@@ -213,7 +256,7 @@ def test_the_kernel_can_be_switched_off(monkeypatch, caplog):
     distances.device_kernel.cache_clear()
     monkeypatch.setenv("SIMPLETUNER_LAYERPROBE_KERNEL", "1")
     assert tried(monkeypatch, right) is right
-    assert distances.device_kernel(torch.device("meta"), 96, ROWS, ROWS, False) is None  # another kind of device
+    assert distances.device_kernel(torch.device("meta"), SIZE, ROWS, ROWS, False) is None  # another kind of device
 
 
 def test_other_devices_take_the_kernel_or_the_plain_operations(monkeypatch):
@@ -221,19 +264,26 @@ def test_other_devices_take_the_kernel_or_the_plain_operations(monkeypatch):
     state, result = torch.empty(2, 5, 8, device="meta"), torch.zeros(2, 5)
     by_width = laid_out(state, True)
     asked = []
-    kernel = None
+    taken = []
 
     def device_kernel(*key):
         asked.append(key)
-        return kernel
+
+    def kernel(u_BSD, v_BSD, updates, earlier_BSD=()):
+        taken.append((updates, len(earlier_BSD)))
+        return (result,) * (1 + 2 * updates + len(earlier_BSD))
 
     monkeypatch.setattr(distances, "device_kernel", device_kernel)
     assert token_angles(state, by_width).shape == (2, 5)
     assert [value.shape for value in token_changes(state, state, updates=True)] == [(2, 5)] * 3
-    kernel = lambda u_BSD, v_BSD, updates: (result, updates)  # noqa: E731
+    monkeypatch.setattr(distances, "device_kernel", lambda *_: kernel)
     assert token_angles(state, state) is result
-    assert token_changes(state, state, updates=True) == (result, True)
-    assert asked[0] == (state.device, 8, ROWS, (FLOAT32, False), False) and asked[1][4]
+    assert token_changes(state, state, updates=True) == (result,) * 3
+    # One launch where the earlier states lie as the one before does, else one for each.
+    assert token_changes(state, by_width, True, [state] * 3) == (result,) * 6
+    assert token_changes(state, state, True, [state, by_width]) == (result,) * 5
+    assert taken == [(False, 0), (True, 0), (True, 3), (True, 0), (False, 0), (False, 0)]
+    assert asked[0] == (state.device, (8, 8), ROWS, (FLOAT32, False), False) and asked[1][4]  # 10 tokens
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -300,6 +300,23 @@ def test_the_adapter_that_it_resumes_from(tmp_path, capsys):
     named.guard("stop")
 
 
+@pytest.mark.parametrize(("full", "said"), [(True, 0), (False, 1)])
+def test_another_alpha_than_in_the_checkpoint(tmp_path, capsys, full, said):
+    """It loads without a word. The scale of full matrices is 1, whatever the alpha is."""
+    config = NAMED | {"linear_dim": 2, "full_matrix": full}
+    before = Training(tmp_path, config)
+    before.lycoris()
+    state = before.accelerator._lycoris_wrapped_network.state_dict()
+    checkpoint(before, 1, {key: tensor.to(torch.bfloat16).contiguous() for key, tensor in state.items()})
+    for alpha, more in ((1, 0), (5, said)):
+        training = Training(tmp_path, config | {"linear_alpha": alpha, "linear_dim": 20000 if full else 2})
+        training.config.resume_from_checkpoint = "latest"
+        training.guard("warn")
+        assert (
+            len([line for line in lines(capsys) if "another alpha" in line and "1 in the file, 5 here" in line]) == more
+        )
+
+
 def test_the_lora_that_it_resumes_from(tmp_path, capsys):
     before = Training(tmp_path)
     before.lora()

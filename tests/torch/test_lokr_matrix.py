@@ -18,13 +18,12 @@ import pytest
 import torch
 from failing import fails
 from lokr_models import Model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from simpletuner_layerprobe.lokr.check import Check
 from simpletuner_layerprobe.lokr.network import fresh_wrapper, silent
 from simpletuner_layerprobe.lokr.origin import origin
 from simpletuner_layerprobe.lokr.proof import check_config
-from simpletuner_layerprobe.lokr.splits import splits
 from simpletuner_layerprobe.probe.modules import module_table, norm_widths
 from simpletuner_layerprobe.run.manifest import Module
 
@@ -48,7 +47,7 @@ INPUTS = {
 
 
 def form(algo: str = "lokr", apply: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
-    config = {"algo": algo, "multiplier": 1, "linear_dim": 4, "linear_alpha": 2} | more
+    config = {"algo": algo, "multiplier": 1, "linear_dim": 2, "linear_alpha": 4} | more
     return config | ({} if apply is None else {"apply_preset": apply})
 
 
@@ -56,11 +55,18 @@ def names(**of: dict[str, Any]) -> dict[str, Any]:
     return NAMES | {"name_algo_map": {f"transformer_blocks.{key.replace('__', '.')}*": to for key, to in of.items()}}
 
 
+NUMBERS = {
+    "linear_dim",
+    "linear_alpha",
+}  # without which SimpleTuner does not start, and which not every algorithm reads
+
 # The form, and what of it has no effect: keys at the top, of apply_preset ("preset.") and of single names ("map.").
 FORMS: dict[str, tuple[dict[str, Any], set[str]]] = {
-    **{algo: (form(algo, BLOCKS), set()) for algo in ("lokr", "lora", "locon", "loha", "glora", "full", "ia3")},
-    **{algo: (form(algo, BLOCKS), set()) for algo in ("LoKr", "dylora", "diag-oft")},
-    "boft": (form("boft", names(**{"0__attn__to_q": {}}), linear_dim=8), set()),
+    **{algo: (form(algo, BLOCKS), set()) for algo in ("lokr", "lora", "locon", "loha", "glora", "LoKr")},
+    **{algo: (form(algo, BLOCKS), NUMBERS) for algo in ("full", "ia3")},
+    "dylora": (form("dylora", BLOCKS, linear_dim=4), set()),
+    "diag-oft": (form("diag-oft", BLOCKS), {"linear_alpha"}),
+    "boft": (form("boft", names(**{"0__attn__to_q": {}}), linear_dim=8), {"linear_alpha"}),
     "boft that cannot be": (form("boft", BLOCKS), set()),
     "a setting given twice": (form("lokr", names(**{"0": {"dropout": 0.5}})), set()),
     "tlora": (form("tlora", names(**{"0__attn__to_q": {}}), tlora_min_rank=2, tlora_alpha=2.0), set()),
@@ -72,30 +78,57 @@ FORMS: dict[str, tuple[dict[str, Any], set[str]]] = {
     "factor": (form("lokr", BLOCKS, factor=4), set()),
     "factor for locon": (form("locon", BLOCKS, factor=4), {"factor"}),
     "factor for loha": (form("loha", BLOCKS, factor=4, full_matrix=True), {"factor", "full_matrix"}),
-    "full_matrix": (form("lokr", BLOCKS, factor=4, full_matrix=True), set()),
-    "large dim": (form("lokr", BLOCKS, factor=4, linear_dim=10000), set()),
-    "full_matrix with names": (form("lokr", names(**{"0": {"factor": 2, "full_matrix": True}})), set()),
+    "full_matrix": (form("lokr", BLOCKS, factor=4, full_matrix=True), NUMBERS),
+    "full_matrix by custom": (
+        form("lokr", BLOCKS, factor=4, full_matrix=True, linear_dim=10000, linear_alpha=1),
+        set(),
+    ),
+    "large dim": (form("lokr", BLOCKS, factor=4, linear_dim=10000), {"linear_alpha"}),
+    "full_matrix with names": (form("lokr", names(**{"0": {"factor": 2, "full_matrix": True}})), NUMBERS),
+    "full_matrix with some names": (
+        form("lokr", names(**{"0__attn": {"full_matrix": True}, "0__ff": {"full_matrix": False}})),
+        set(),
+    ),
+    "alpha of full matrices": (
+        form("lokr", names(**{"0": {"full_matrix": True, "dim": 3, "alpha": 5}, "1": {}})),
+        {"map.alpha", "map.dim"},
+    ),
+    "dim for lora beside lokr": (form("lokr", names(**{"0": {"algo": "lora", "dim": 3, "alpha": 5}, "1": {}})), set()),
+    "nothing to decompose": (form("lokr", BLOCKS, decompose_both=True, factor=4), {"decompose_both"}),
+    "full_matrix decomposed": (
+        form("lokr", BLOCKS, decompose_both=True, factor=8, full_matrix=True, linear_dim=1, linear_alpha=1),
+        {"decompose_both"},
+    ),
     "decompose_both": (form("lokr", BLOCKS, decompose_both=True, linear_dim=1, factor=8), set()),
     "unbalanced": (form("lokr", BLOCKS, unbalanced_factorization=True, factor=2), set()),
     "dora": (form("lokr", BLOCKS, dora_wd=True), set()),
     "dora on the input": (form("locon", BLOCKS, dora_wd=True, wd_on_output=False), set()),
-    "dora for full": (form("full", BLOCKS, dora_wd=True), {"dora_wd"}),
+    "dora on the output, of none": (form("lokr", BLOCKS, wd_on_output=False), {"wd_on_output"}),
+    "dora for full": (form("full", BLOCKS, dora_wd=True), {"dora_wd", *NUMBERS}),
     "dora for glora": (form("glora", BLOCKS, dora_wd=True), {"dora_wd"}),
     "scalar": (form("lokr", BLOCKS, use_scalar=True), set()),
-    "scalar for oft": (form("diag-oft", BLOCKS, use_scalar=True, constraint=0.5, rescaled=True), {"use_scalar"}),
+    "scalar for oft": (
+        form("diag-oft", BLOCKS, use_scalar=True, constraint=0.5, rescaled=True),
+        {"use_scalar", "linear_alpha"},
+    ),
     "constraint for lokr": (form("lokr", BLOCKS, constraint=0.5, rescaled=True), {"constraint", "rescaled"}),
     "block size": (form("dylora", BLOCKS, block_size=2), set()),
     "block size for lokr": (form("lokr", BLOCKS, block_size=2), {"block_size"}),
     "tucker": (form("locon", {"target_module": ["PatchEmbed"]}, use_tucker=True, conv_dim=2, conv_alpha=1), set()),
+    "tucker of no convolution": (
+        form("locon", BLOCKS, use_cp=True, conv_dim=2, conv_alpha=3),
+        {"use_cp", "conv_dim", "conv_alpha"},
+    ),
     "tucker by its old name": (form("loha", {"target_module": ["PatchEmbed"]}, use_cp=True), set()),
-    "tucker for full": (form("full", BLOCKS, use_tucker=True), {"use_tucker"}),
+    "tucker for full": (form("full", BLOCKS, use_tucker=True), {"use_tucker", *NUMBERS}),
+    "dropouts of ia3": (form("ia3", BLOCKS, rank_dropout=0.1, module_dropout=0.1), {"rank_dropout", *NUMBERS}),
     "dropouts": (form("lokr", BLOCKS, rank_dropout=0.1, module_dropout=0.1), set()),
     "dropout": (form("lokr", BLOCKS, dropout=0.1), {"dropout"}),
     "dropout beside": (form("lokr", BLOCKS, dropout=0.1, bypass_mode=True), set()),
     "a bypass of dylora": (form("dylora", BLOCKS, bypass_mode=True, linear_dim=32), set()),
-    "a bypass of dylora's only block": (form("dylora", BLOCKS, bypass_mode=True), set()),
-    "a bypass of oft": (form("diag-oft", BLOCKS, bypass_mode=True), set()),
-    "a bypass of oft with dropout": (form("diag-oft", BLOCKS, bypass_mode=True, dropout=0.1), set()),
+    "a bypass of dylora's only block": (form("dylora", BLOCKS, bypass_mode=True, linear_dim=4), set()),
+    "a bypass of oft": (form("diag-oft", BLOCKS, bypass_mode=True), {"linear_alpha"}),
+    "a bypass of oft with dropout": (form("diag-oft", BLOCKS, bypass_mode=True, dropout=0.1), {"linear_alpha"}),
     "all dropped": (form("lokr", BLOCKS, module_dropout=1), set()),
     "all ranks dropped": (form("loha", BLOCKS, rank_dropout=1.0), set()),
     "no rank of glora dropped": (form("glora", BLOCKS, rank_dropout=1.0), set()),
@@ -103,7 +136,7 @@ FORMS: dict[str, tuple[dict[str, Any], set[str]]] = {
     "multiplier 0": (form("locon", BLOCKS, multiplier=0), set()),
     "multiplier -1": (form("locon", BLOCKS, multiplier=-1), set()),
     "multiplier 1.9": (form("lokr", BLOCKS, multiplier=1.9), set()),
-    "text for numbers": (form("lokr", BLOCKS, multiplier="1", linear_dim="8"), set()),
+    "text for numbers": (form("lokr", BLOCKS, multiplier="1", linear_dim="8"), {"linear_alpha"}),
     "half an alpha": (form("locon", BLOCKS, linear_alpha=0.5), set()),
     "no dim": (form("lokr", BLOCKS, linear_dim=0), set()),
     "rank": (form("lokr", BLOCKS, rank=16), {"rank"}),
@@ -120,7 +153,7 @@ FORMS: dict[str, tuple[dict[str, Any], set[str]]] = {
     ),
     "dim of a name": (form("locon", names(**{"0": {"dim": 8, "alpha": 8}, "1": {}})), set()),
     "factor of a loha": (form("lokr", names(**{"0": {"algo": "loha", "factor": 4}})), {"map.factor"}),
-    "constrain": (form("diag-oft", BLOCKS, constrain=0.5), set()),
+    "constrain": (form("diag-oft", BLOCKS, constrain=0.5), {"linear_alpha"}),
     "a comment": (form("lokr", BLOCKS, comment="mine", _note="x"), {"comment", "_note"}),
     "warnings": (form("lokr", BLOCKS, warn_on_unmatched=False), set()),
     "target_module outside": (form("lokr", BLOCKS, target_module=["Attention"]), {"target_module"}),
@@ -144,7 +177,7 @@ FORMS: dict[str, tuple[dict[str, Any], set[str]]] = {
     ),
     "unet-only": (form("lokr", BLOCKS, preset="unet-only"), {"preset"}),
     "full by name": (form("lokr", BLOCKS, preset="full"), set()),
-    "ia3 by name": (form("ia3", BLOCKS, preset="ia3"), set()),
+    "ia3 by name": (form("ia3", BLOCKS, preset="ia3"), NUMBERS),
     "ia3 over names": (form("ia3", names(**{"0": {}}), preset="ia3"), {"preset.name_algo_map"}),
     "a TOML": (form("lokr", None, preset="TOML"), {"preset.unet_target_module"}),
     "a TOML over classes": (
@@ -170,13 +203,15 @@ FORMS: dict[str, tuple[dict[str, Any], set[str]]] = {
 
 # Keys that the log or SimpleTuner reads.
 ALWAYS_INERT = {"warn_on_unmatched", "tlora_min_rank", "tlora_alpha", "apply_preset", "preset"}
-ALWAYS_INERT |= {"algo", "multiplier", "linear_dim", "linear_alpha"}  # without which SimpleTuner does not start
+ALWAYS_INERT |= {"algo", "multiplier", *NUMBERS}  # without which SimpleTuner does not start
 # Keys that are read, and come to the same in this form.
 INERT: dict[str, set[str]] = {
     "left out": {"preset.use_fnmatch"},
     "a setting given twice": {"preset.use_fnmatch", "preset.target_module"},
     **{algo: {"preset.target_module", "preset.use_fnmatch"} for algo in ("tlora", "TLoRA")},  # slow on a whole model
     "no norms": {"preset.use_fnmatch"},
+    "full_matrix by custom": {"full_matrix"},
+    "full_matrix with some names": {"preset.use_fnmatch"},
     "the first name wins": {"map.factor"},
     "the article's form": {"map.factor"},
 }
@@ -234,11 +269,26 @@ def fingerprint(config: dict[str, Any], model: Any) -> Any:
         lora.lora_name: (
             type(lora).__name__,
             [(name, tuple(tensor.shape)) for name, tensor in lora.state_dict().items()],
-            {key: value for key, value in vars(lora).items() if isinstance(value, plain)},
-            [float(tensor) for tensor in lora.buffers() if not tensor.dim()],
+            {
+                key: value
+                for key, value in vars(lora).items()
+                if isinstance(value, plain) and key not in kept_for_nothing(lora)
+            },
+            [float(t) for name, t in lora.named_buffers() if not t.dim() and name not in kept_for_nothing(lora)],
         )
         for lora in made.loras
         if any(True for _ in lora.parameters())
+    }
+
+
+def kept_for_nothing(lora: Any) -> set[str]:
+    """What LyCORIS's module keeps, and `test_a_value_without_effect_trains_the_same` shows to count for nothing."""
+    full = getattr(lora, "use_w1", False) and getattr(lora, "use_w2", False)
+    rank_only = type(lora).__name__ == "IA3Module"
+    return {
+        *({"lora_dim", "alpha", "full_matrix"} if full else ()),
+        *({"rank_dropout"} if rank_only else ()),
+        *(() if getattr(lora, "wd", False) else ("wd_on_out",)),
     }
 
 
@@ -325,6 +375,8 @@ def test_what_is_named_changes_nothing_and_what_is_not_does(name, model, tmp_pat
     for told, where, key in list(places(config)):
         value = where.pop(key)
         if told in dead:
+            if key in NUMBERS:
+                where[key] = 4 * int(value) + 4
             now = fingerprint(config, model)
             if key == "dropout":
                 now, kept = (_without_dropout(one) for one in (now, before))
@@ -411,6 +463,28 @@ def test_dropout_is_there_only_with_bypass_mode(algo, bypass, model, table):
     assert same >= named and (bypass or (named and same))
 
 
+VALUES = {
+    name: FORMS[name]
+    for name in (
+        *("full", "ia3", "diag-oft", "full_matrix", "full_matrix with names", "large dim", "alpha of full matrices"),
+        *("nothing to decompose", "full_matrix decomposed", "dora on the output, of none", "tucker of no convolution"),
+        *("dropouts of ia3", "dora on the input", "decompose_both", "lokr", "dim of a name"),
+    )
+}
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_a_value_without_effect_trains_the_same(name, model):
+    config, dead = copy.deepcopy(VALUES[name])
+    before = updates(config, model)
+    for told, where, key in list(places(config)):
+        if told in dead:
+            value = where.pop(key)
+            where[key] = not value if isinstance(value, bool) else 0.9 if key == "rank_dropout" else 4 * value + 4
+            assert all(map(torch.equal, before, updates(config, model))), told
+            where[key] = value
+
+
 def updates(config: dict[str, Any], whole: Any) -> list[torch.Tensor]:
     """The gradients of a step from an adapter that changes something already."""
     model = copy.deepcopy(whole)
@@ -494,7 +568,7 @@ def test_the_split_is_what_lycoris_built(factor, more, model, table):
     for lora in network(config, model).loras:
         shapes = [tuple(p.shape) for key, p in lora.named_parameters()]
         real.setdefault(tuple(lora.org_module[0].weight.shape), []).append(shapes)
-    lines = splits(check_config(config, table).rows)
+    lines = check_config(config, table).splits
     assert len(lines) == len(real)
     for line in lines:
         asked, out, inner, text, numbers, count = re.fullmatch(
@@ -540,8 +614,23 @@ def test_an_adapter_comes_from_its_config(name, model, table, tmp_path):
         config["preset"] = str(tmp_path / "mine.toml")
         (tmp_path / "mine.toml").write_text(TOML)
     made = origin(config, table, saved(config, model, tmp_path / "adapter.safetensors"))
-    assert (made.fits, made.missing, made.strange, made.different) == (True, (), (), {})
+    assert (made.fits, made.missing, made.strange, made.different, made.alphas) == (True, (), (), {}, {})
     assert len(made.same) == sum(bool(row.got) for row in check_config(config, table).rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_alpha_is_compared_where_it_scales(model, table, tmp_path, dtype):
+    """In bf16 100.3 is 100.5; whatever the alpha of full matrices is, they train the same."""
+    algos = {"0__attn": {"algo": "lora", "dim": 4, "alpha": 100.3}, "0__ff": {"algo": "lokr", "factor": 2}}
+    config = form(apply=names(**algos), linear_dim=1_000_000, full_matrix=True)
+    path = saved(config, model, tmp_path / "a.safetensors")
+    save_file({key: tensor.to(dtype) for key, tensor in load_file(path).items()}, path)
+    assert origin(config, table, path).fits
+    algos["0__attn"] |= {"alpha": 102}
+    made = origin(config | {"linear_dim": 10_000, "linear_alpha": 3, "apply_preset": names(**algos)}, table, path)
+    assert not made.fits and {name.split(".")[2] for name in made.same} == {"ff", "ff_context"}
+    assert made.alphas["transformer_blocks.0.attn.to_q"] == (102, torch.tensor(100.3).to(dtype).item())
+    assert len(made.alphas) == 8 and not (made.different or made.missing or made.strange)
 
 
 def test_what_an_adapter_has_otherwise_is_told_module_by_module(model, table, tmp_path):

@@ -23,7 +23,7 @@ from small import (
 
 from simpletuner_layerprobe.probe.families import BlockList, Family
 from simpletuner_layerprobe.probe.observer import Observer
-from simpletuner_layerprobe.probe.pairs import Before, moved_angles
+from simpletuner_layerprobe.probe.pairs import Before, Pair, moved_angles
 from simpletuner_layerprobe.probe.parts import Part
 from simpletuner_layerprobe.probe.states import State
 
@@ -146,13 +146,14 @@ def test_tokens_at_other_positions_are_matched_one_by_one():
     mask = torch.zeros(2, 9, dtype=torch.bool)
     mask[0, [1, 2, 3, 4]] = mask[1, [0, 6, 7, 8]] = True
     for tokens in (slice(2, 6), torch.tensor([[False, False] + [True] * 4] * 2)):
-        angles, part = moved_angles(kept(before, tokens, "one"), kept(after, mask, "another"), after)
+        pair = Pair(2, kept(before, tokens, "one"), kept(after, mask, "another"))
+        angles, part = moved_angles(pair, after)
         for sample in range(2):
             expected_S = float64_angles(before[sample, 2:6], after[sample][mask[sample]])
             np.testing.assert_allclose(angles[sample][part.tokens[sample]], expected_S, rtol=0, atol=2e-7)
     short = mask.clone()
     short[1, 8] = False
-    angles, part = moved_angles(kept(before, slice(2, 6), "one"), kept(after, short, "another"), after)
+    angles, part = moved_angles(Pair(2, kept(before, slice(2, 6), "one"), kept(after, short, "another")), after)
     assert angles[0, :4].isfinite().all() and angles[1].isnan().all()
 
 

@@ -224,7 +224,8 @@ def test_a_file_of_records_is_a_run_too(layerprobe: Command, tiny_run: Path, tmp
 def test_status_does_not_guess_from_too_few_samples(layerprobe: Command, tmp_path: Path, samples: int) -> None:
     run = write_run(tmp_path / "run", TINY, samples, images=samples, modules=sd3_modules(6)).path
     shown = layerprobe("status", run).out
-    assert "fewer than 10 samples in a sigma bin (preset article).\n" in shown and "would settle all" not in shown
+    assert "not enough for all of the article's plan: " in shown and "all would take" not in shown
+    assert "fewer than 10 samples in a sigma bin.\n" in shown
 
 
 HOSTILE = "ph\x1b[2Jo\nsettled  \u202eé日本\x9b"
@@ -416,7 +417,7 @@ def test_a_bad_record_is_one_line_with_its_number(layerprobe: Command, tmp_path:
 def test_records_survive_export_and_import(layerprobe: Command, tiny_run: Path, tmp_path: Path) -> None:
     file, copy = tmp_path / "records.jsonl.gz", tmp_path / "copy"
     shown = layerprobe("export", tiny_run, file, "--tokens", "mean", "--facts")
-    assert shown == Result(0, f"400 samples written to {file}\n", "")
+    assert shown == Result(0, f"400 samples of 40 images written to {file}\n", "")
     shown = layerprobe("import", file, copy, "--tokens", "mean")
     assert shown == Result(0, f"400 samples of 40 images imported into {copy}\n", "")
     first, second = load_run(tiny_run), load_run(copy)
@@ -432,14 +433,15 @@ def test_what_no_record_can_hold_is_left_out_and_said(layerprobe: Command, tmp_p
     distance_NL = np.array([[np.nan, 0.1], [0.5, 0.2]], dtype=np.float32)
     run = write_rows(tmp_path / "run", what, rows([0.2, 0.4], {("image", "last"): distance_NL}))
     shown = layerprobe("export", run.path, tmp_path / "records.jsonl")
-    assert shown.out == f"1 sample written to {tmp_path / 'records.jsonl'}\n"
+    assert shown.out == f"1 of 2 samples written to {tmp_path / 'records.jsonl'}\n"
     assert shown.err == "layerprobe: warning: 1 sample left out: a record cannot hold distances that are not finite\n"
 
 
 def test_export_tells_formats_by_their_names(layerprobe: Command, tiny_run: Path, tmp_path: Path) -> None:
     starts = {"t.csv": b"sigma,loss,", "T.csv.gz": b"\x1f\x8b", "t.csv.bz2": b"BZh", "t.parquet": b"PAR1"}
     for name, start in (*starts.items(), ("t.jsonl", b'{"timestep": ')):
-        assert layerprobe("export", tiny_run, tmp_path / name).out == f"400 samples written to {tmp_path / name}\n"
+        shown = layerprobe("export", tiny_run, tmp_path / name)
+        assert shown.out == f"400 samples of 40 images written to {tmp_path / name}\n"
         assert (tmp_path / name).read_bytes().startswith(start)
     for option in (("--tokens", "last"), ("--facts",)):
         result = layerprobe("export", tiny_run, tmp_path / "new.csv", *option)
@@ -447,13 +449,16 @@ def test_export_tells_formats_by_their_names(layerprobe: Command, tiny_run: Path
     assert not (tmp_path / "new.csv").exists()
 
 
-def test_merged_runs_count_what_is_in_both_once(layerprobe: Command, tmp_path: Path) -> None:
+def test_merged_runs_count_what_is_in_both_once(layerprobe: Command, tiny_run: Path, tmp_path: Path) -> None:
     a, b = (write_run(tmp_path / name, TINY, 100, seed=seed).path for seed, name in enumerate("ab"))
     shown = layerprobe("merge", a, b, tmp_path / "both")
     assert shown.code == 0 and shown.out.endswith(f"200 samples merged into {tmp_path / 'both'}\n")
     again = layerprobe("merge", tmp_path / "both", a, tmp_path / "all")
     assert again.out.endswith(f"200 samples merged into {tmp_path / 'all'}\n")
     assert "warning: " in again.err and "100 samples are in the runs before it or in it twice" in again.err
+    whole = "400 samples of 40 images"
+    same = layerprobe("merge", tiny_run, tiny_run, tmp_path / "same")
+    assert same.out == f"{tiny_run}: {whole}\n" * 2 + f"{whole} merged into {tmp_path / 'same'}\n"
 
 
 # doctor

@@ -87,6 +87,22 @@ def test_the_command_proves_the_same_without_them(tmp_path: Path) -> None:
     assert quantised and all(one.startswith("optimum.quanto.") for one in quantised)
 
 
+def test_a_verdict_by_the_recorded_size_builds_nothing(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    write_run(run, {"image": tuple(f"transformer_blocks.{i}" for i in range(4))}, 400, modules=sd3_modules(4))
+    own = {"model_type": "lora", "lora_type": "lycoris", "lycoris_config": {}, "parameters": 100_000}
+    (run / "training.json").write_text(json.dumps(own))
+    code = (
+        "import sys\n"
+        "from simpletuner_layerprobe.cli import main\n"
+        "assert main(['status', sys.argv[1]]) == main(['findings', sys.argv[1]]) == 0\n"
+        "print([name for name in ('torch', 'lycoris', 'pandas') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(run)], capture_output=True, text=True, check=True)
+    assert "as many as your own config trains" in " ".join(done.stdout.split())
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
 def test_a_library_call_leaves_lycoris_whole() -> None:
     """`check_config`, called by a program that may train, as the first to import LyCORIS."""
     code = (

@@ -112,6 +112,12 @@ def test_a_lora_counts_by_rank_and_targets(layerprobe: Command, tiny_run: Path) 
     assert layerprobe("lokr", tiny_run, "--json").json["own"]["parameters"] == expected
 
 
+@pytest.mark.parametrize(("recorded", "used"), [(1234, True), (0, False), (-1, False), (True, False), ("9", False)])
+def test_what_the_probe_has_counted_is_not_counted_again(tiny_run: Path, recorded: object, used: bool) -> None:
+    own = layerprobe_api.load(trains(tiny_run, lycoris_config=BY_NAME, parameters=recorded)).own
+    assert own.parameters == (recorded if used else built(BY_NAME, tiny_run))
+
+
 @pytest.mark.parametrize(
     ("training", "said"),
     [

@@ -121,23 +121,26 @@ def status(layerprobe: Command, path: Path, *options: str) -> str:
 
 
 def test_status_judges_the_preset_asked_for_and_else_the_runs_own(layerprobe: Command, tiny_run: Path) -> None:
-    assert "of 6 factors settled" in status(layerprobe, tiny_run) and "(preset article)" in status(layerprobe, tiny_run)
+    articles = "all of the article's plan: "
+    assert "of 6 factors settled" in status(layerprobe, tiny_run) and articles in status(layerprobe, tiny_run)
     assert "of 18 factors settled" in status(layerprobe, tiny_run, "--preset", "120kB")
     (tiny_run / "config.json").write_text(json.dumps({"--layerprobe_preset": "60k"}))
-    assert "(preset 60k)" in status(layerprobe, tiny_run)
-    assert "(preset article)" in status(layerprobe, tiny_run, "--preset", "article")
+    assert "a weighted plan of 60k: " in status(layerprobe, tiny_run)
+    assert articles in status(layerprobe, tiny_run, "--preset", "article")
     (tiny_run / "config.json").write_text(json.dumps({"layerprobe_preset": "much"}))
-    assert "(preset article)" in status(layerprobe, tiny_run)
+    assert articles in status(layerprobe, tiny_run)
 
 
 def test_status_says_how_many_images_would_settle_all(layerprobe: Command, tiny_run: Path, tmp_path: Path) -> None:
-    assert re.search(r"; about \d+ times the images would settle all\.$", status(layerprobe, tiny_run))
+    assert re.search(r"; settling all would take about \d+ times the images\.$", status(layerprobe, tiny_run))
     many = write_run(tmp_path / "long", TINY, 60_000, seed=1, modules=sd3_modules(6)).path
-    assert "samples, enough: 6 of 6 factors settled for these images: " in status(layerprobe, many)
+    assert "samples, enough for the article's plan: 6 of 6 factors settled for these images: " in status(
+        layerprobe, many
+    )
     few = write_run(tmp_path / "short", TINY, 20).path
-    assert "not enough for every factor: 0 of 6 factors settled" in status(layerprobe, few)
+    assert "not enough for all of the article's plan: 0 of 6 factors settled" in status(layerprobe, few)
     what = manifest({"image": ("a", "b")}, readings=("mean",))
     alike = rows([i / 400 for i in range(400)], {("image", "mean"): np.full((400, 2), 0.1)})
     assert status(layerprobe, write_rows(tmp_path / "alike", what, alike).path).startswith(
-        "400 samples, enough: 2 of 2"
+        "400 samples, enough for the article's plan: 2 of 2"
     )

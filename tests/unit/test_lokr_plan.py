@@ -47,7 +47,7 @@ def test_the_articles_factors_are_a_plan(tmp_path):
     plan = make_plan(sd3_model(38, 2432), contribution(sd3_blocks(38), value_L), critical=(0, 31, 35))
     assert list(plan.block_factors) == ARTICLE_FACTORS
     assert plan.parameters == sum(map(plan.block_parameters, range(38))) == 765_636_738
-    assert plan.decided_K == tuple(range(38)) and plan.word == "factor"
+    assert plan.word == "factor"
     assert (plan.budget, plan.gap, plan.bound, plan.differing, plan.check) == (None, 0, "", (), None)
     assert len(plan.intended) == 529
     names = plan.config()["apply_preset"]["name_algo_map"]
@@ -80,7 +80,7 @@ def test_a_budget_is_a_plan():
     assert plan.block_parameters(0) == plan.block_parameters(7) == 0
     fives = [place for place, group in enumerate(plan.groups) if group.number == 5]
     assert {plan.numbers[place] for place in fives} == {1}
-    assert plan.decided_K == tuple(group.number for group in plan.groups) and len(plan.groups) == 36 * 3
+    assert len(plan.groups) == 36 * 3
     assert plan.parameters == sum(numbers(*each) for each in zip(plan.groups, plan.numbers, strict=True))
     assert plan.bound.startswith("reached within 0.1%")
     assert plan == make_plan(model, contribution(blocks, wavy(38)), preset=400_000_000, critical=(5,), freeze=(0, 7))
@@ -200,8 +200,9 @@ def test_the_articles_recipe_decides_each_replicate_as_it_would_alone(run, boots
             alone = article_contributions(streams, **WEIGHTING)
             np.testing.assert_allclose(value_RL[r], alone.value_L, atol=1e-12)
             plan = make_plan(run.manifest, alone, **options)
-            assert number_RK.shape == (12, len(plan.decided_K))
-            for k, number in enumerate(plan.decided_K):
+            kept = tuple(dict.fromkeys(group.number for group in plan.groups))  # not frozen
+            assert number_RK.shape == (12, len(kept))
+            for k, number in enumerate(kept):
                 trained = tuple(
                     adapter.tensors
                     for name, adapter in plan.intended.items()
@@ -226,7 +227,7 @@ def test_a_budget_decides_each_replicate_as_it_would_alone(run, bootstrap, optio
         np.testing.assert_allclose(value_RL[r], alone.value_L, atol=1e-12)
         streams = stream_contributions(each, clip_percentile=80.0)
         plan = make_plan(run.manifest, alone, streams=streams, **options)
-        assert len(plan.decided_K) == number_RK.shape[1]
+        assert len(plan.groups) == number_RK.shape[1]
         for place, (group, number) in enumerate(zip(plan.groups, plan.numbers, strict=True)):
             pairs = zip(group.adapters(algo, number), group.adapters(algo, int(number_RK[r, place])), strict=True)
             assert all(one.same_as(other) for one, other in pairs) == (place not in plan.differing)

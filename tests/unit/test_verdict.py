@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Callable
 from functools import partial
 from html import unescape
@@ -51,6 +52,21 @@ def test_every_place_has_the_same_lines(layerprobe: Command, tiny_run: Path, tmp
     assert page.index("id='verdict'") < page.index("id='heatmaps'") < page.index("id='findings'")
 
 
+def test_a_command_that_is_too_wide_goes_on_behind_a_backslash(
+    layerprobe: Command, tiny_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands = verdict(load(tiny_run)).commands
+    monkeypatch.setenv("COLUMNS", "80")
+    odd = tiny_run.parent / "a  --b it's"
+    tiny_run.rename(odd)
+    said = layerprobe("status", odd, keep_columns=True).out.partition("\n  equal     ")[2]
+    assert said.count(" \\\n") >= 3
+    typed = [shlex.split(line) for line in said.replace("\\\n", "").splitlines()]
+    whole = [shlex.split(line) for line in commands.values()]
+    assert typed[0] == [*whole[0][:2], str(odd), *whole[0][3:]]
+    assert [line[1:] for line in typed[1:3]] == [[*line[:2], str(odd), *line[3:]] for line in whole[1:]]
+
+
 def test_its_commands_make_three_plans_of_one_size(layerprobe: Command, tmp_path: Path) -> None:
     run = run_of(tmp_path / "run", [0.1, 0.3, 0.2, 0.05, 0.4, 0.15])
     directions = set()
@@ -63,7 +79,7 @@ def test_its_commands_make_three_plans_of_one_size(layerprobe: Command, tmp_path
 
 def test_the_size_is_that_of_the_runs_own_config_where_it_is_known(layerprobe: Command, tiny_run: Path) -> None:
     unknown = verdict(load(tiny_run))
-    assert "(preset article)" in unknown.lines["enough"]
+    assert "the article's plan: " in unknown.lines["enough"]
     assert "what your own config trains is not known; it is the article's recipe's size" in unknown.lines["capacity"]
     targets = ["to_q", "to_k", "to_v", "to_out.0"]
     own = {"model_type": "lora", "lora_type": "standard", "lora_rank": 8, "lora_target_modules": targets}
@@ -71,16 +87,22 @@ def test_the_size_is_that_of_the_runs_own_config_where_it_is_known(layerprobe: C
     run = load(tiny_run)
     size, article = run.own.parameters, plan(run, preset="article").parameters
     made = verdict(run)
-    assert "(a plan of your config's size)" in made.lines["enough"]
+    assert "a weighted plan of your config's size: " in made.lines["enough"]
     assert made.lines["capacity"].startswith(f"plans of {size:,} parameters (")
     said = f"as many as your own config trains; the article's recipe would make {article:,}, {article / size:.3g} times"
     assert made.lines["capacity"].endswith(said)
-    assert all(f"--params {size} " in command and "--tokens" not in command for command in made.commands.values())
+    assert not any("--params" in command or "--tokens" in command for command in made.commands.values())
+    assert made.commands["equal"] == f"layerprobe lokr {tiny_run.parent} --env equal"
+    told = [layerprobe(*shlex.split(command)[1:-2], "--json").json["budget"] for command in made.commands.values()]
+    assert [told["parameters"] for told in told] == [size] * 3
+    assert [told["direction"] for told in told][::2] == ["uniform", "more-change-less-capacity"]
+    asked_for = verdict(run, preset=str(BUDGET)).commands.values()
+    assert all(f"--params {BUDGET} " in command for command in asked_for)
     asked = verdict(run, preset=str(BUDGET)).lines["capacity"]
     assert f"your own config trains {size:,}: {BUDGET / size:.3g} times" in asked
     shown = layerprobe("report", tiny_run)
     page = (tiny_run / "report.html").read_text()
-    assert shown.code == 0 and "value='mean' checked" in page and "A plan of your config" in page
+    assert shown.code == 0 and "value='mean' checked" in page and "A weighted plan of your config" in page
 
 
 def test_strong_and_weak_blocks_and_how_often_the_replicates_agree(tmp_path: Path) -> None:

@@ -53,8 +53,11 @@ class Started:
     def wait_for(self, text: str, seconds: float = 600) -> None:
         end = time.monotonic() + seconds
         while text not in self.text():
-            assert time.monotonic() < end and self._codes.empty(), f"{text!r} did not come:\n{self.text()[-4000:]}"
+            assert time.monotonic() < end and not self.ended(), f"{text!r} did not come:\n{self.text()[-4000:]}"
             time.sleep(0.1)
+
+    def ended(self) -> bool:
+        return not self._codes.empty()
 
     def result(self, seconds: float = 600) -> Result:
         code = self._codes.get(timeout=seconds)
@@ -147,18 +150,30 @@ class SimpleTuner:
     def run(self, cwd: Path, env: str, **options: object) -> Result:
         return self.start(cwd, env, **options).result()  # type: ignore[arg-type]
 
-    def script(self, script: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-        """Run a script that imports what SimpleTuner's trainer does, without the seconds that it takes, or the probe.
+    def start_script(
+        self, cwd: Path, script: Path, *arguments: object, out: str = "", environment: dict[str, str] | None = None
+    ) -> Started:
+        """Start a script that imports what SimpleTuner's trainer does, without the seconds that it takes.
 
-        Imported modules are as SimpleTuner left them: what depends on that needs a process of its own.
+        Imported modules are as SimpleTuner left them: what depends on that needs a process of its own. The probe is
+        there only if `environment` says so.
         """
-        argv = list(map(str, arguments))
+        return self._start(
+            cwd=str(cwd),
+            out=str(cwd / out) if out else "",
+            log=str(cwd / "log.txt"),
+            environment=environment or {},
+            script=str(script),
+            argv=list(map(str, arguments)),
+            setup="",
+        )
+
+    def script(self, script: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+        """Run a script to its end, in a folder that goes away."""
         with tempfile.TemporaryDirectory() as folder:
-            out, log = Path(folder, "out"), Path(folder, "log")
-            job = {"cwd": folder, "out": str(out), "log": str(log), "environment": {"SIMPLETUNER_LAYERPROBE": "0"}}
-            code = self._start(**job, script=str(script), argv=argv, setup="").result().code
-            said = (ANSI.sub("", path.read_text()) for path in (out, log))
-            return subprocess.CompletedProcess([str(script), *argv], code, *said)
+            result = self.start_script(Path(folder), script, *arguments, out="out.txt").result()
+            out = ANSI.sub("", Path(folder, "out.txt").read_text())
+            return subprocess.CompletedProcess([str(script), *map(str, arguments)], result.code, out, result.log)
 
     def pipeline(self, folder: Path, script: Path, *arguments: object) -> Path:
         """The folder in which the script makes a tiny pipeline."""

@@ -12,6 +12,7 @@ import atexit
 import json
 import os
 import runpy
+import signal
 import sys
 import threading
 
@@ -58,6 +59,9 @@ def run(job: dict, train: str) -> None:
     sys.path[0] = os.path.dirname(script)
     code = 1
     try:
+        if job["script"]:
+            # Whoever runs the tests in the background leaves it ignored, and children inherit that.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         if os.environ["SIMPLETUNER_LAYERPROBE"] != "0":
             import simpletuner_layerprobe.training.autoload  # noqa: F401
         if job["setup"]:

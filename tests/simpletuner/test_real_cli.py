@@ -1,16 +1,14 @@
-"""Whole command lines in their own processes: signals through `simpletuner train`, errors, WebUI jobs."""
+"""Whole command lines: signals through `simpletuner train`, errors, WebUI jobs."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from real import ANSI
 from test_real_run import RUN, run_of, wait_for_batches
 
 from simpletuner_layerprobe.training.options import OPTIONS
@@ -23,49 +21,41 @@ ENVIRONMENT = {
 }
 
 
+# The command itself is a fork of the process that has SimpleTuner imported, what it starts is all new.
+PROBE = {"SIMPLETUNER_LAYERPROBE": "1", "PATH": ENVIRONMENT["PATH"]}
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_simpletuner_train_ends_with_code_0_and_the_last_line(tiny, number):
+def test_a_signal_to_simpletuner_train_ends_with_code_0_and_the_last_line(simpletuner, tiny, number):
     """Ctrl-C goes to the command alone, whose children have a session of their own; a scheduler's SIGTERM to all."""
     folder = tiny(max_train_steps=1_000_000, layerprobe_flush_seconds=1)
-    log = folder / "log.txt"
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            ["simpletuner", "train", "env=tiny-probe"],
-            cwd=folder,
-            env=ENVIRONMENT,
-            stdout=output,
-            stderr=output,
-            # Whoever runs the tests in the background leaves SIGINT ignored, and children inherit that.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
-        try:
-            wait_for_batches(
-                folder,
-                1,
-                lambda: log.read_text(errors="replace"),
-                ended=lambda: process.poll() is not None,
-            )
-            if number == signal.SIGTERM:
-                (accelerate,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-                os.killpg(int(accelerate), number)
-            process.send_signal(number)
-            assert process.wait(timeout=600) == 0, log.read_text(errors="replace")[-4000:]
-        finally:
-            process.kill()
-    last = ANSI.sub("", log.read_text(errors="replace")).rstrip().splitlines()[-1]
+    command = simpletuner.start_script(folder, BIN / "simpletuner", "train", "env=tiny-probe", environment=PROBE)
+    try:
+        wait_for_batches(folder, 1, command.text, ended=command.ended)
+        if number == signal.SIGTERM:
+            (accelerate,) = Path(f"/proc/{command.pid}/task/{command.pid}/children").read_text().split()
+            os.killpg(int(accelerate), number)
+        os.kill(command.pid, number)
+        result = command.result()
+    except BaseException:
+        if not command.ended():
+            os.kill(command.pid, signal.SIGKILL)
+        raise
+    assert result.code == 0, result.log[-4000:]
+    last = result.log.rstrip().splitlines()[-1]
     total = run_of(folder).samples
     assert f"layerprobe: {total} samples in" in last and "samples/s" in last
     assert f"{RUN}" in last and "next: layerprobe report" in last
 
 
-def test_an_error_is_one_line_after_simpletuner_train_too(tiny):
+def test_an_error_is_one_line_after_simpletuner_train_too(simpletuner, tiny):
     folder = tiny(layerprobe_sigmas="even")
-    done = subprocess.run(
-        ["simpletuner", "train", "env=tiny-probe"], cwd=folder, env=ENVIRONMENT, capture_output=True, text=True
-    )
-    assert done.returncode == 1
-    assert "layerprobe: error: layerprobe_sigmas is 'even'" in done.stderr
-    assert "Traceback" not in done.stdout + done.stderr
+    result = simpletuner.start_script(
+        folder, BIN / "simpletuner", "train", "env=tiny-probe", out="out.txt", environment=PROBE
+    ).result()
+    assert result.code == 1
+    assert "layerprobe: error: layerprobe_sigmas is 'even'" in result.log
+    assert "Traceback" not in (folder / "out.txt").read_text() + result.log
 
 
 def test_a_job_of_the_webui(simpletuner, tiny):

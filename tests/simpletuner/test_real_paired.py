@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
+from real import TESTS
 from safetensors.torch import load_file, save_file
-from test_real_run import assert_one_line_error, set_options
+from test_real_run import assert_one_line_error, of_rank, set_options
 from test_real_sd3 import distances
 
 from simpletuner_layerprobe.run.load import RunData, load_run
@@ -20,13 +19,14 @@ from simpletuner_layerprobe.training.sigmas import image_sigma
 PAIRED = {"caption_dropout_probability": 0, "layerprobe_noise_seed": 7, "layerprobe_sigmas": "stratified"}
 
 
-def by_place(run: RunData) -> dict[tuple[int, int], dict[str, np.ndarray]]:
-    """(image, repeat) -> its sigma, loss, caption and distances."""
-    places = list(zip(run.facts["image"].tolist(), run.facts["repeat"].tolist(), strict=True))
-    assert len(set(places)) == len(places) == run.samples
+def by_place(run: RunData, rank: int = 0) -> dict[tuple[int, int], dict[str, np.ndarray]]:
+    """(image, repeat) -> its sigma, loss, caption and distances, in one rank's samples."""
+    of = of_rank(run, rank)
+    places = list(zip(run.facts["image"][of].tolist(), run.facts["repeat"][of].tolist(), strict=True))
+    assert len(set(places)) == len(places)
     facts = {name: run.facts[name] for name in ("caption_words", "caption_characters", "crop_top", "crop_left")}
     columns = {"sigma": run.sigma, "loss": run.loss, **facts, **distances(run)}
-    return {place: {name: values[n] for name, values in columns.items()} for n, place in enumerate(places)}
+    return {place: {name: values[n] for name, values in columns.items()} for n, place in zip(of, places, strict=True)}
 
 
 def run_in(folder, simpletuner, name: str, **options: object) -> RunData:
@@ -54,12 +54,14 @@ def test_a_noise_seed_pairs_runs_whatever_ran_before(simpletuner, tiny):
     assert "images in another order than the 5 samples" in (folder / "broken.txt").read_text()
     compared(plain, by_place(broken), at_least=12, atol=0)
 
-    # Two ranks, each with its own images.
+    # Two ranks. Which images each gets is SimpleTuner's affair; some may come to both.
     set_options(folder, layerprobe_dir="ranks")
     for started in simpletuner.start_ranks(folder, "tiny-probe", 2):
         result = started.result()
         assert result.code == 0, result.log[-4000:]
-    compared(plain, by_place(load_run(folder / "ranks")), at_least=12, atol=3e-6)
+    ranks = load_run(folder / "ranks")
+    for rank in (0, 1):
+        compared(plain, by_place(ranks, rank), at_least=6, atol=3e-6)
 
     other = by_place(run_in(folder, simpletuner, "other", layerprobe_noise_seed=8, layerprobe_samples=6))
     assert not {row["sigma"].item() for row in other.values()} & {row["sigma"].item() for row in plain.values()}
@@ -86,25 +88,6 @@ def test_what_a_noise_seed_cannot_fix_is_said(simpletuner, tiny):
     set_options(folder, layerprobe_sigmas="training", caption_dropout_probability=0)
     result = simpletuner.run(folder, "tiny-probe")
     assert_one_line_error(result, "layerprobe_noise_seed fixes the noise levels, and layerprobe_sigmas is 'training'")
-
-
-MERGE = """
-import json, sys
-from pathlib import Path
-from diffusers import SD3Transformer2DModel
-from lycoris import LycorisNetwork, create_lycoris
-
-transformer, config, file = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text()), sys.argv[3]
-model = SD3Transformer2DModel.from_pretrained(transformer)
-LycorisNetwork.apply_preset(config.pop("apply_preset"))
-numbers = [config.pop(name) for name in ("multiplier", "linear_dim", "linear_alpha")]
-network = create_lycoris(model, *numbers, **config)
-network.apply_to()
-assert network.load_weights(file) == {}
-network.merge_to(1.0)
-network.restore()
-model.save_pretrained(transformer)
-"""
 
 
 def trained(folder: Path, simpletuner, name: str, **options: object) -> Path:
@@ -136,8 +119,9 @@ def test_a_lycoris_adapter_on_the_base(simpletuner, tiny):
     # The same by LyCORIS's own merge into the weights of a diffusers model.
     environment = folder / "config" / "tiny-probe"
     shutil.copytree(folder / "pipeline", folder / "merged")
-    command = [folder / "merged" / "transformer", environment / "lycoris_config.json", file]
-    subprocess.run([sys.executable, "-W", "ignore", "-c", MERGE, *command], check=True, capture_output=True)
+    config = environment / "lycoris_config.json"
+    done = simpletuner.script(TESTS / "merge_lycoris.py", folder / "merged" / "transformer", config, file)
+    assert done.returncode == 0, done.stderr
     options = {"pretrained_model_name_or_path": "merged", "layerprobe_adapter": "none"}
     merged = by_place(run_in(folder, simpletuner, "by_merging", **options))
     compared(merged, adapted, at_least=6, atol=2e-6)
@@ -152,7 +136,6 @@ def test_a_lycoris_adapter_on_the_base(simpletuner, tiny):
     # What does not fit is named, and a run goes on with its own adapter only.
     set_options(folder, layerprobe_dir="adapted", max_train_steps=8)
     assert_one_line_error(simpletuner.run(folder, "tiny-probe"), "settings.adapter: ", " here, ")
-    config = environment / "lycoris_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"factor": 4}))
     set_options(folder, layerprobe_dir="none_yet", layerprobe_adapter=str(file))
     result = simpletuner.run(folder, "tiny-probe")

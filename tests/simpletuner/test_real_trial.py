@@ -59,11 +59,11 @@ def started(simpletuner, tiny, monkeypatch):
 
 
 def flip(source: Path, target: Path) -> None:
-    """Three of the photographs turned over, with their captions: others, as a held-out image has to be."""
+    """Five of the photographs turned over, with their captions: others, as a held-out image has to be."""
     from PIL import Image, ImageOps
 
     target.mkdir()
-    for path in sorted(path for path in source.iterdir() if path.suffix in (".png", ".jpg"))[-3:]:
+    for path in sorted(path for path in source.iterdir() if path.suffix in (".png", ".jpg"))[-5:]:
         ImageOps.flip(Image.open(path)).save(target / path.name)
         shutil.copy(path.with_suffix(".txt"), target)
 
@@ -77,7 +77,7 @@ def test_a_trial_that_is_cut_off_ends_as_one_that_is_not(started, capsys):
     folder, count, cut = started
     for name in ("whole", "parts"):
         assert new(name) == 0
-    assert "2 trainings of 2 steps (2 that count), each judged on 3 held-out images (new)" in capsys.readouterr().out
+    assert "2 trainings of 2 steps (2 that count), each judged on 5 held-out images (new)" in capsys.readouterr().out
     assert main(["trial", "run", "whole"]) == 0
     said = capsys.readouterr().out
     assert "[2/2] uniform-110 seed 1: trained in" in said and "next: layerprobe trial report whole" in said
@@ -98,7 +98,7 @@ def test_a_trial_that_is_cut_off_ends_as_one_that_is_not(started, capsys):
     for name in ("whole", "parts"):
         for arm in ("uniform", "uniform-110"):
             run = by_place(load_run(folder / name / "trainings" / arm / "seed-1" / "held-out" / "layerprobe"))
-            assert Counter(Counter(image for image, _ in run).values()) == {10: 3}
+            assert Counter(Counter(image for image, _ in run).values()) == {10: 5}
             losses[name, arm] = np.array([run[place]["loss"] for place in sorted(run)], dtype=np.float64)
     assert np.array_equal(losses["whole", "uniform"], losses["parts", "uniform"])
     assert np.array_equal(losses["whole", "uniform-110"], losses["parts", "uniform-110"])

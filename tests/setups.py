@@ -314,7 +314,10 @@ def parsed_examples() -> None:
         settings = ProbeSettings.from_config(config)
         compiler = SimpleNamespace(dynamo_plugin=TorchDynamoPlugin(backend="no"))
         trainer = SimpleNamespace(
-            config=config, accelerator=SimpleNamespace(state=compiler), layerprobe_watchers_of=plugin.watchers
+            config=config,
+            accelerator=SimpleNamespace(state=compiler),
+            layerprobe_watchers_of=plugin.watchers,
+            layerprobe_own_parameters=plugin.own_parameters,
         )
         changed = probe.start_session(trainer, settings).changed if settings else []
         found[name] = {"parsed": parsed, "backends": backends, "changed": changed, "probe": settings is not None}

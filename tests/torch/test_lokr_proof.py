@@ -440,7 +440,8 @@ def test_what_is_meant_to_have_an_adapter(config, names):
 
 
 def test_enable_conv_false_does_not_hold():
-    check = check_config(other(apply={"target_module": ["Conv2d"], "enable_conv": False}), SMALL)
+    apply = {"target_module": ["Conv2d"], "enable_conv": False}
+    check = check_config(other(apply=apply, linear_dim=10_000, linear_alpha=1), SMALL)
     assert [row.name for row in check.extra] == [row.name for row in check.wrong] == ["patch"]
     assert check.notes == (
         "1 of 1 modules, 56 parameters, by the bare class Conv2d",

@@ -4,9 +4,10 @@
     python benchmarks/bases.py --device cuda        the same where a GPU is
     python benchmarks/bases.py --only int8-quanto --only ramtorch
 
-Each is a probe-only run of the real SimpleTuner on the tiny SD3 of examples/tiny_sd3.py. What it records is compared
-with the article's formula in float64 on copies of the states that hooks on the norm layers took (tests/taps.py), which
-shares nothing with the probe. The result is written after every run (results/bases-DEVICE.json).
+Each is a probe-only run of the real SimpleTuner on the tiny SD3 of examples/tiny_sd3.py, some also on a tiny Flux and
+Wan. What it records is compared with the article's formula in float64 on copies of the states that hooks on the norm
+layers took (tests/taps.py), which shares nothing with the probe. The result is written after every run
+(results/bases-DEVICE.json).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from measure import RESULTS, device_name, machine, save
 from simpletuner_layerprobe.run.load import load_run
 
 TESTS = Path(__file__).parent.parent / "tests"
+EXAMPLES = TESTS.parent / "examples"
 sys.path.insert(0, str(TESTS))
 
 SAMPLES = 4
@@ -43,6 +45,7 @@ ATTENTION = """diffusers xformers sageattention flash-attn flash-attn-3 flex nat
 native-math kohaku-fa-auto"""
 RANKS = "two ranks"
 """On GPUs of their own, or both on the CPU."""
+SD3 = "SD3"
 BASES: dict[str, dict[str, Any]] = {
     "no_change": {},
     RANKS: {},
@@ -61,11 +64,20 @@ BASES: dict[str, dict[str, Any]] = {
     "VAE in tiles": {"vae_enable_tiling": True, "vae_enable_slicing": True},
     **{f"attention: {name}": {"attention_mechanism": name} for name in ATTENTION.split()},
 }
+OTHERS = {
+    "Flux": ("no_change", "int8-quanto", "fp8-quanto", "int8dq-int4-torchao", "int8-sdnq", "block swap"),
+    "Wan": ("no_change", "int8-quanto", "fp8-quanto", "int8-sdnq", "block swap", "feed-forward in chunks"),
+}
+"""Families beside SD3, with what is tried on them too."""
+ROWS = {name: (SD3, options) for name, options in BASES.items()} | {
+    f"{family}: {name}": (family, BASES[name]) for family, names in OTHERS.items() for name in names
+}
+"""Row of the table -> family and SimpleTuner's options."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """word: exact, differs, refused (by the probe, in one line) or fails (SimpleTuner's own error).
+    """word: exact, differs, refused (by the probe, in one line), fails (SimpleTuner's own error) or not tried.
 
     layers: class -> how many.
     """
@@ -76,7 +88,18 @@ class Verdict:
     seconds: float
 
 
-def judged(simpletuner: Any, folder: Path, options: dict[str, Any], device: str, ranks: int = 1) -> Verdict:
+def make(simpletuner: Any, family: str, folder: Path) -> str:
+    """Make a family's tiny pipeline in `folder`. Gives why that does not work here, "" if it does."""
+    if family == SD3:
+        made = simpletuner.script(EXAMPLES / "tiny_sd3.py", "--out", folder, "--images", SAMPLES)
+    else:
+        made = simpletuner.script(TESTS / f"tiny_{family.lower()}.py", folder)
+    return made.stderr.strip().splitlines()[-1][:200] if made.returncode else ""
+
+
+def judged(
+    simpletuner: Any, folder: Path, family: str, options: dict[str, Any], device: str, ranks: int = 1
+) -> Verdict:
     """What a run of the tiny pipeline in `folder` shows, with these options of SimpleTuner's."""
     path = folder / "config" / "tiny-probe" / "config.json"
     settings = {"layerprobe_samples": SAMPLES, "max_train_steps": SAMPLES, **options}
@@ -84,7 +107,8 @@ def judged(simpletuner: Any, folder: Path, options: dict[str, Any], device: str,
     environment = {"ACCELERATE_USE_CPU": "1" if device == "cpu" else "0"}
     if settings.get("mixed_precision"):
         environment["ACCELERATE_MIXED_PRECISION"] = settings["mixed_precision"]
-    started = simpletuner.start_ranks(folder, "tiny-probe", ranks, setup="taps.py:tap_sd3", environment=environment)
+    tap = f"taps.py:tap_{family.lower()}"
+    started = simpletuner.start_ranks(folder, "tiny-probe", ranks, setup=tap, environment=environment)
     results = [rank.result() for rank in started]
     result = next((result for result in results if result.code), results[0])
     lines = [line.strip() for line in result.log.splitlines() if line.strip()]
@@ -111,30 +135,33 @@ def judged(simpletuner: Any, folder: Path, options: dict[str, Any], device: str,
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--only", choices=list(BASES), action="append")
+    parser.add_argument("--only", choices=list(ROWS), action="append")
     parser.add_argument("--jobs", type=int, default=1, help="how many runs at the same time")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the result")
     options = parser.parse_args(arguments)
-    from real import EXAMPLES, SimpleTuner
+    from real import SimpleTuner
 
     result: dict[str, Any] = {"machine": machine(device_name(options.device)), "bases": {}, "complete": False}
     with tempfile.TemporaryDirectory() as temporary:
         simpletuner = SimpleTuner(Path(temporary, "server.txt"))
-        tiny = Path(temporary, "tiny")
-        names = list(options.only or BASES)
+        names = list(options.only or ROWS)
         if RANKS in names and options.device == "cuda" and torch.cuda.device_count() < 2:
             print(f"{RANKS:40} not measured: there is one GPU")
             names.remove(RANKS)
 
         def tried(name: str) -> Verdict:
-            folder = Path(shutil.copytree(tiny, Path(temporary, f"run{names.index(name)}")))
-            return judged(simpletuner, folder, BASES[name], options.device, 2 if name == RANKS else 1)
+            family, settings = ROWS[name]
+            if lacks[family]:
+                return Verdict("not tried", lacks[family], {}, 0.0)
+            folder = Path(shutil.copytree(Path(temporary, family), Path(temporary, f"run{names.index(name)}")))
+            return judged(simpletuner, folder, family, settings, options.device, 2 if name == RANKS else 1)
 
         try:
-            simpletuner.pipeline(tiny, EXAMPLES / "tiny_sd3.py", "--out", tiny, "--images", SAMPLES)
+            families = dict.fromkeys(ROWS[name][0] for name in names)
+            lacks = {family: make(simpletuner, family, Path(temporary, family)) for family in families}
             for name, verdict in zip(names, ThreadPoolExecutor(options.jobs).map(tried, names), strict=True):
                 layers = ", ".join(f"{count} {kind}" for kind, count in sorted(verdict.layers.items()))
-                print(f"{name:40} {verdict.word:8} {layers:34} {verdict.said}", flush=True)
+                print(f"{name:40} {verdict.word:9} {layers:34} {verdict.said}", flush=True)
                 result["bases"][name] = vars(verdict) | {"seconds": round(verdict.seconds, 1)}
                 save(f"bases-{options.device}", result, options.out)
         finally:

@@ -116,6 +116,17 @@ def tap_sd3() -> None:
     _after_init(SD3Transformer2DModel, tap)
 
 
+def tap_wan() -> None:
+    from simpletuner.helpers.models.wan.transformer import WanTransformer3DModel
+
+    def tap(model: Any) -> None:
+        for block in model.blocks:
+            _on_input(block.norm1, _keep("image"))
+        _on_input(model.norm_out, _keep("image"))
+
+    _after_init(WanTransformer3DModel, tap)
+
+
 def tap_flux() -> None:
     from simpletuner.helpers.models.flux.model import Flux
     from simpletuner.helpers.models.flux.transformer import FluxTransformer2DModel

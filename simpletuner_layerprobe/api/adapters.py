@@ -33,14 +33,20 @@ _BASES = ("pretrained_transformer_model_name_or_path", "pretrained_model_name_or
 
 
 def adapter(
-    file: PathLike, *, model: PathLike | None = None, run: Run | PathLike | None = None, config: PathLike | None = None
+    file: PathLike,
+    *,
+    model: PathLike | None = None,
+    run: Run | PathLike | None = None,
+    config: PathLike | None = None,
+    modules: Model | None = None,
 ) -> AdapterUpdates:
     """Where a finished adapter put its change: the norm of each module's update, beside that of the base's weight.
 
     file: safetensors as SimpleTuner saves them, LyCORIS's lokr, loha and locon or PEFT's lora. model: the base, a
     pipeline or a transformer in diffusers' folders; its config.json alone tells blocks, kinds and streams, not weights.
     run: a probe run of the base; its kept options name the base if `model` does not. config: the LyCORIS config that it
-    was made from, by default the lycoris_config.json beside it. Without a base, weights and relative norms are NaN.
+    was made from, by default the lycoris_config.json beside it. modules: the modules of `model`, such as `architecture`
+    gives them, if they are known. Without a base, weights and relative norms are NaN.
     Raises ConfigError for a file that is no such adapter, for DoRA, an adapter of another model and numbers that are
     not finite; ModelError for a model that is none.
     """
@@ -48,7 +54,7 @@ def adapter(
     saved = read_adapter(file)
     if saved.others:
         notes.append(f"{saved.others} modules of text encoders are left out")
-    known, base = _base(model, run, notes)
+    known, base = _base(model, run, modules, notes)
     table = {module.name: module.shape for module in known.modules if len(module.shape) > 1} if known else {}
     weights = Weights(base) if base else None
     name_of = _fitting(saved, weights.file_of if weights else table, base or "the module table")
@@ -89,7 +95,9 @@ def adapter(
     )
 
 
-def _base(model: PathLike | None, run: Run | PathLike | None, notes: list[str]) -> tuple[Model | None, Path | None]:
+def _base(
+    model: PathLike | None, run: Run | PathLike | None, modules: Model | None, notes: list[str]
+) -> tuple[Model | None, Path | None]:
     """The base's module table and the folder of its weights, each None if it is not known."""
     manifest, folder = None, None if model is None else weights_folder(model)
     if run is not None:
@@ -98,8 +106,8 @@ def _base(model: PathLike | None, run: Run | PathLike | None, notes: list[str]) 
     if manifest is not None and manifest.modules:
         return manifest, folder
     where = folder or model
-    if where is None:
-        return None, None
+    if modules is not None or where is None:
+        return modules, folder
     try:
         return architecture(where), folder
     except ProbeError as error:

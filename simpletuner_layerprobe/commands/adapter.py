@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from simpletuner_layerprobe.commands.arguments import Add, add_wide
-from simpletuner_layerprobe.commands.imports import light
+from simpletuner_layerprobe.commands.imports import light, named_model
 from simpletuner_layerprobe.commands.output import LEFT, OK, RIGHT, print_json, print_table, print_text, say
+from simpletuner_layerprobe.errors import ModelError
 from simpletuner_layerprobe.show.words import counted, listed
 
 if TYPE_CHECKING:
@@ -52,8 +54,14 @@ def add_parser(add: Add) -> None:
 def command(arguments: argparse.Namespace) -> int:
     from simpletuner_layerprobe.api import adapter
 
+    modules = None
+    if arguments.model is not None:
+        with suppress(ModelError):  # then its weights alone may do
+            modules = named_model(arguments)
     with light("lycoris", arguments):
-        made = adapter(arguments.file, model=arguments.model, run=arguments.run, config=arguments.config)
+        made = adapter(
+            arguments.file, model=arguments.model, run=arguments.run, config=arguments.config, modules=modules
+        )
     if arguments.json:
         print_json(as_json(made))
         return OK

@@ -187,7 +187,8 @@ def test_a_quantised_base_and_two_ranks_are_exact_and_a_base_that_cannot_start_s
 
     def judged(options: dict[str, Any], ranks: int = 1) -> Any:
         shutil.rmtree(tmp_path / "tiny", ignore_errors=True)
-        return bases.judged(simpletuner, Path(shutil.copytree(tiny_sd3, tmp_path / "tiny")), options, "cpu", ranks)
+        folder = Path(shutil.copytree(tiny_sd3, tmp_path / "tiny"))
+        return bases.judged(simpletuner, folder, bases.SD3, options, "cpu", ranks)
 
     exact = judged(bases.BASES["int8-quanto"])
     assert exact.word == "exact" and exact.layers["QLinear"] > 50
@@ -197,3 +198,4 @@ def test_a_quantised_base_and_two_ranks_are_exact_and_a_base_that_cannot_start_s
     assert fails.word == "fails" and "requires a CUDA or ROCm device" in fails.said
     refused = judged({"layerprobe_sigmas": "gauss"})
     assert refused.word == "refused" and refused.said.startswith("layerprobe_sigmas is 'gauss'")
+    assert "No such file" in bases.make(simpletuner, "Unknown", tmp_path / "unknown")

@@ -45,7 +45,6 @@ def token_angles(before_BSD: torch.Tensor, after_BSD: torch.Tensor) -> torch.Ten
     return token_changes(before_BSD, after_BSD)[0]
 
 
-@torch.no_grad()
 def token_changes(
     before_BSD: torch.Tensor, after_BSD: torch.Tensor, updates: bool = False, earlier_BSD: Sequence[torch.Tensor] = ()
 ) -> tuple[torch.Tensor, ...]:
@@ -70,6 +69,7 @@ def token_changes(
     return *kernel(before_BSD, after_BSD, updates), *(token_angles(state_BSD, after_BSD) for state_BSD in earlier_BSD)
 
 
+@torch.no_grad()
 def _plain_changes(
     before_BSD: torch.Tensor, after_BSD: torch.Tensor, updates: bool, earlier_BSD: Sequence[torch.Tensor] = ()
 ) -> tuple[torch.Tensor, ...]:

@@ -24,14 +24,12 @@ from simpletuner_layerprobe.probe.pairs import Before, Pair, Trail, moved_angles
 from simpletuner_layerprobe.probe.parts import Part
 from simpletuner_layerprobe.probe.side_stream import STREAM_SWITCH, SideStream
 from simpletuner_layerprobe.probe.states import State, States
+from simpletuner_layerprobe.probe.taken import Taken, Values
 from simpletuner_layerprobe.probe.token_masks import RULES
 from simpletuner_layerprobe.probe.tokens import Forward
-from simpletuner_layerprobe.probe.updates import update_readings
 from simpletuner_layerprobe.probe.wrappers import is_compiled, unwrapped
 from simpletuner_layerprobe.readings import TOKENS, extra_readings, parse_reading
 
-Values = dict[tuple[str, str], dict[str, torch.Tensor]]
-"""Of one forward: (stream, reading) -> (B,) float32 by the path of the (first) block."""
 Reads = tuple[str, Change, Part, list[Pair]]
 """What to read of a stream after a block: its name, what became of its state, its tokens in it, the pairs that end."""
 
@@ -41,8 +39,7 @@ class Observer:
 
     It keeps one hidden state a stream: the one before the running block. With pairs it keeps those before the last
     blocks, as many as the longest span has; in the first forward up to twice as many. It starts no transfer from the
-    device and makes no tensor that grows with the number of blocks beyond a (B,) distance. A compiled model runs
-    uncompiled inside.
+    device, and of each block keeps a number a token until they are read. A compiled model runs uncompiled inside.
 
     residual: also what each block adds. pairs: also the distances over 2 .. `pairs` blocks in a row, below 2 for none.
     denoiser: the model inside its wrappers. streams: the paths of each stream's blocks, image first, in the model's own
@@ -72,7 +69,7 @@ class Observer:
         self._forward: Forward | None = None
         self._entered: dict[str, dict[str, State]] = {}
         self._parts: dict[tuple[str, str], Part] = {}
-        self._values: list[Values] = []
+        self._taken: list[Taken] = []
 
     def __enter__(self) -> Observer:
         with ExitStack() as stack:
@@ -98,7 +95,7 @@ class Observer:
         self._batch = batch
         self._text_mask_BS = text_mask_BS
         self._forget()
-        self._values.clear()
+        self._taken.clear()
 
     def finish(self) -> dict[tuple[str, str], torch.Tensor]:
         """The distances of the forward since `begin`, and an end to it: see `distances`."""
@@ -107,7 +104,7 @@ class Observer:
         try:
             return self.distances()
         finally:
-            self._values.clear()
+            self._taken.clear()
 
     def distances(self) -> dict[tuple[str, str], torch.Tensor]:
         """The distances of the last forward since `begin`: (stream, reading) -> (B, L) float32 on the device.
@@ -116,14 +113,15 @@ class Observer:
         L - n + 1 columns, NaN where the stream does not go on in between. Raises ModelError if a block of a stream did
         not report, and names the blocks.
         """
-        self._check_complete()
+        found = [taken.read() for taken in self._taken]
+        self._check_complete(found)
         result = {}
         for name in (*TOKENS, *self.extra):
             reading = parse_reading(name)
             for stream, paths in self.streams.items():
                 firsts = [first for first, _ in reading.columns(paths)]
                 if firsts:
-                    parts = [_columns(values, stream, name, firsts) for values in self._values]
+                    parts = [_columns(values, stream, name, firsts) for values in found]
                     result[stream, name] = parts[0] if len(parts) == 1 else torch.cat(parts)
         return result
 
@@ -131,20 +129,20 @@ class Observer:
         """The stream's tokens in the state that a block has just made, while the forward runs; None if not known."""
         return self._parts.get((path, stream))
 
-    def _check_complete(self) -> None:
+    def _check_complete(self, found: list[Values]) -> None:
         model = type(self.denoiser).__name__
-        if not self._values:
+        if not found:
             raise ModelError(f"no forward of {model} was seen, so there are no distances; the model has to be called")
         missing = [
             f"{path} ({stream})"
-            for values in self._values
+            for values in found
             for stream, paths in self.streams.items()
             for path in paths
             if path not in values.get((stream, "mean"), {})
         ]
         if missing:
             raise ModelError(
-                f"{len(missing)} of {len(self._numbers) * len(self._values)} block states were not reported in this "
+                f"{len(missing)} of {len(self._numbers) * len(found)} block states were not reported in this "
                 f"step: {', '.join(missing[:4])}{' ...' if len(missing) > 4 else ''}; the forward of {model} did not "
                 f"run them, nothing of this step was recorded"
             )
@@ -161,9 +159,9 @@ class Observer:
         if self._batch is None:
             return
         if self.family.forwards == "one":
-            self._values.clear()
+            self._taken.clear()
         self._forget()
-        self._values.append({})
+        self._taken.append(Taken())
         call = Call(type(module).forward, args, kwargs)
         mask_BS = self._text_mask_BS
         if self.family.text_mask and call[self.family.text_mask] is not None:
@@ -213,7 +211,7 @@ class Observer:
     def _part(self, block: Block, seam: StreamSeam, tokens: int) -> Part:
         """The stream's tokens in a state of so many. Raises ModelError if there are none or they lie outside."""
         assert self._forward is not None
-        part = RULES[seam.tokens](self._forward, tokens)
+        part = self._forward.part(RULES[seam.tokens], tokens)
         if isinstance(part.tokens, slice) and not 0 <= part.tokens.start < part.tokens.stop <= tokens:
             raise no_tokens(block, seam, tokens, part.tokens)
         return part
@@ -235,24 +233,20 @@ class Observer:
         for made in changes:
             made.take(self._residual)
         for stream, made, part, pairs in streams:
-            self._read(stream, path, made, part, pairs)
+            self._keep(stream, path, made, part, pairs)
 
-    def _read(self, stream: str, path: str, change: Change, part: Part, pairs: list[Pair]) -> None:
-        """Take every reading of one stream."""
-        self._put(stream, "", path, part.readings(change.angles_BS))
+    def _keep(self, stream: str, path: str, change: Change, part: Part, pairs: list[Pair]) -> None:
+        """Keep all that was taken of one stream."""
+        taken = self._taken[-1]
+        taken.put(stream, "", path, part, change.angles_BS)
         if change.updates:
-            norm_BS, cosine_BS = change.updates
-            self._put(stream, "", path, update_readings(norm_BS, cosine_BS, part))
+            taken.put(stream, "update", path, part, *change.updates)
         for pair in pairs:
             if pair.in_place:
                 angles_BS, own = change.spans_BS[pair.first.path], part
             else:
                 angles_BS, own = moved_angles(pair, change.after_BSD)
-            self._put(stream, f"pair{pair.span}_", pair.first.path, own.readings(angles_BS))
-
-    def _put(self, stream: str, prefix: str, path: str, values: Mapping[str, torch.Tensor]) -> None:
-        for name, value_B in values.items():
-            self._values[-1].setdefault((stream, prefix + name), {})[path] = value_B
+            taken.put(stream, f"pair{pair.span}_", pair.first.path, own, angles_BS)
 
 
 def _columns(values: Values, stream: str, name: str, firsts: list[str]) -> torch.Tensor:

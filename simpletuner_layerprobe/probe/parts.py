@@ -1,6 +1,6 @@
 """A stream's own tokens among those of a hidden state, and the two readings of what they have. Pure.
 
-Shapes: B batch, S tokens.
+Shapes: B batch, S tokens; values may have further dimensions before these.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ class Part:
         NaN for a sample of which a mask has no token.
         """
         if isinstance(self.tokens, slice):
-            # A view would keep the values of all tokens until the end of the forward.
-            return values_BS[:, self.tokens.stop - 1].clone()
+            return values_BS[..., self.tokens.stop - 1]
         last_B1, absent_B = self._last
-        return values_BS.expand(self.tokens.shape).gather(1, last_B1).squeeze(1).masked_fill(absent_B, math.nan)
+        further = values_BS.shape[:-2]
+        values_BS = values_BS.expand(*further, *self.tokens.shape)
+        return values_BS.gather(-1, last_B1.expand(*further, -1, -1)).squeeze(-1).masked_fill(absent_B, math.nan)
 
     def mean(self, values_BS: torch.Tensor, among_BS: torch.Tensor | None = None) -> torch.Tensor:
         """The mean value over the stream's valid tokens, (B,): among those where `among_BS` (bool) is true, if given.
@@ -43,14 +44,14 @@ class Part:
         counted_BS = self.valid_BS
         if not isinstance(self.tokens, slice):
             counted_BS = self.tokens
-        elif (self.tokens.start, self.tokens.stop) != (0, values_BS.shape[1]):
-            values_BS = values_BS[:, self.tokens]
-            among_BS = None if among_BS is None else among_BS[:, self.tokens]
+        elif (self.tokens.start, self.tokens.stop) != (0, values_BS.shape[-1]):
+            values_BS = values_BS[..., self.tokens]
+            among_BS = None if among_BS is None else among_BS[..., self.tokens]
         if among_BS is not None:
             counted_BS = among_BS if counted_BS is None else counted_BS & among_BS
         if counted_BS is None:
-            return values_BS.mean(dim=1)
-        return torch.where(counted_BS, values_BS, 0.0).sum(dim=1) / counted_BS.sum(dim=1)
+            return values_BS.mean(dim=-1)
+        return torch.where(counted_BS, values_BS, 0.0).sum(dim=-1) / counted_BS.sum(dim=-1)
 
     def readings(self, values_BS: torch.Tensor) -> dict[str, torch.Tensor]:
         """Both readings by name, (B,) each."""

@@ -152,18 +152,15 @@ def packed_text(forward: Forward, tokens: int) -> Part:
 
 
 def spans(forward: Forward, tokens: int, ranges: Sequence[Sequence[tuple[int, int]]]) -> Part:
-    """The tokens in the given ranges (start, stop) of each sample; made once a forward."""
-    key = f"spans {tokens} {ranges}"
-    if key not in forward.notes:
-        position_S = torch.arange(tokens, device=forward.device)
-        rows = []
-        for sample in ranges:
-            row_S = torch.zeros_like(position_S, dtype=torch.bool)
-            for start, stop in sample:
-                row_S |= (position_S >= start) & (position_S < stop)
-            rows.append(row_S)
-        forward.notes[key] = Part(torch.stack(rows))
-    return forward.notes[key]
+    """The tokens in the given ranges (start, stop) of each sample."""
+    position_S = torch.arange(tokens, device=forward.device)
+    rows = []
+    for sample in ranges:
+        row_S = torch.zeros_like(position_S, dtype=torch.bool)
+        for start, stop in sample:
+            row_S |= (position_S >= start) & (position_S < stop)
+        rows.append(row_S)
+    return Part(torch.stack(rows))
 
 
 def with_padding(count: int) -> int:

@@ -23,7 +23,8 @@ class Forward:
 
     call: its arguments. batch: SimpleTuner's prepared batch. text_mask_BS: the mask of valid text tokens, or None.
     lengths: tokens of each stream in the last block that had the stream to itself. block: the arguments of the block
-    that runs now. notes: what a rule wants to keep until the forward ends.
+    that runs now; a rule that looks at them is asked anew for each. notes: what a rule wants to keep until the forward
+    ends.
     """
 
     def __init__(self, call: Call, batch: Mapping[str, Any], text_mask_BS: torch.Tensor | None) -> None:
@@ -31,8 +32,30 @@ class Forward:
         self.batch = batch
         self.text_mask_BS = text_mask_BS
         self.lengths: dict[str, int] = {}
-        self.block = call
         self.notes: dict[str, Any] = {}
+        self._block = call
+        self._looked_at_block = False
+        self._parts: dict[tuple[Any, ...], Part] = {}
+
+    @property
+    def block(self) -> Call:
+        self._looked_at_block = True
+        return self._block
+
+    @block.setter
+    def block(self, call: Call) -> None:
+        self._block = call
+
+    def part(self, rule: Rule, tokens: int) -> Part:
+        """What the rule says of a state of so many tokens; the same Part for blocks that are alike."""
+        key = rule, tokens, *self.lengths.items()
+        part = self._parts.get(key)
+        if part is None:
+            self._looked_at_block = False
+            part = rule(self, tokens)
+            if not self._looked_at_block:
+                self._parts[key] = part
+        return part
 
     @property
     def device(self) -> torch.device:

@@ -29,7 +29,38 @@ def test_readings_of_a_slice():
     torch.testing.assert_close(part.mean(VALUES), torch.tensor([0.15, 0.5]))
     torch.testing.assert_close(part.mean(VALUES, among_BS=VALUES > 0.15), torch.tensor([0.2, 0.5]))
     assert Part(slice(0, 3), torch.zeros(2, 3, dtype=torch.bool)).mean(VALUES).isnan().all()
-    assert part.last(VALUES).untyped_storage().size() == 8  # it keeps no more than itself
+
+
+def test_values_of_several_blocks_are_read_as_those_of_each():
+    values_LBS = torch.stack([VALUES, 1 - VALUES, VALUES.flip(1)])
+    valid = torch.tensor([[True, True, False], [False, True, False]])
+    mask = torch.tensor([[True, False, True, False], [False] * 4])
+    for part in (Part(slice(0, 3)), Part(slice(1, 4), valid), Part(mask)):
+        for among in (None, values_LBS > 0.15):
+            each = [part.mean(values, None if among is None else among[i]) for i, values in enumerate(values_LBS)]
+            torch.testing.assert_close(part.mean(values_LBS, among), torch.stack(each), equal_nan=True)
+        torch.testing.assert_close(part.last(values_LBS), torch.stack([*map(part.last, values_LBS)]), equal_nan=True)
+    packed_LBS = values_LBS[:, :1]  # both samples in one row
+    expected = torch.stack([*map(Part(mask).last, packed_LBS)])
+    torch.testing.assert_close(Part(mask).last(packed_LBS), expected, equal_nan=True)
+
+
+def test_a_rule_is_asked_once_for_blocks_that_are_alike():
+    """Of the same tokens and lengths, unless it looks at what the block itself got."""
+    forward = Forward(call(encoder_attention_mask=torch.ones(2, 3)), {}, torch.ones(2, 3, dtype=torch.bool))
+    for name, once in (("own_text_first", True), ("after_own_text", False)):
+        parts = []
+        for kept in (4, 3):
+            forward.block = call(attention_mask=torch.arange(5).expand(2, -1) < kept)
+            parts.append(forward.part(RULES[name], 5))
+        assert (parts[0] is parts[1]) == once
+        assert forward.part(RULES[name], 6 if once else 5) is not parts[0]
+    assert [part.tokens.sum().item() for part in parts] == [2, 0]
+    forward.lengths["text"] = 3
+    first = forward.part(RULES["text_first"], 8)
+    assert forward.part(RULES["text_first"], 8) is first and first.tokens == slice(0, 3)
+    forward.lengths["text"], forward.text_mask_BS = 2, None
+    assert forward.part(RULES["text_first"], 8).tokens == slice(0, 2)
 
 
 def test_readings_of_a_mask():

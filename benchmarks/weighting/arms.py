@@ -5,7 +5,6 @@ angle-4, against-angle-4         by contribution with this contrast; turned arou
                                  depth alone ends, middle, front, back
 shuffle-03                       angle-12 with the contributions permuted over the blocks
 attention-x2, image-x2           equal over blocks, the parameters of a kind or of a side doubled against the others
-more-for-image                   the product's plan of that name
 freeze-ablation-2, freeze-random-3   equal, without the two blocks that ablation needs least; without two drawn ones
 article-full, uniform-article-size   the article's recipe at its own size, the equal plan of that size
 energy, energy-limited           module by module, by what a factor can hold of the base's mean gradient
@@ -25,7 +24,7 @@ from torch import nn
 
 from simpletuner_layerprobe.analyse.contribution import Contribution
 from simpletuner_layerprobe.lokr.adapter import LOKR
-from simpletuner_layerprobe.lokr.budget import IMAGE, LESS, MORE, UNIFORM
+from simpletuner_layerprobe.lokr.budget import LESS, MORE, UNIFORM
 from simpletuner_layerprobe.lokr.config import lycoris_config
 from simpletuner_layerprobe.lokr.groups import Group, module_groups
 from simpletuner_layerprobe.lokr.plan import make_plan
@@ -45,7 +44,7 @@ NAMED = (
     "uniform", "uniform-90", "uniform-110", "uniform-125",
     *(f"{reading}-{contrast}" for reading in READINGS for contrast in CONTRASTS),
     "ends-2", "middle-2", "front-2", "back-2",
-    "attention-x2", "feed-forward-x2", "modulation-x2", "image-x2", "text-x2", "more-for-image",
+    "attention-x2", "feed-forward-x2", "modulation-x2", "image-x2", "text-x2",
     "freeze-ablation-2", *(f"freeze-random-{number}" for number in range(4)),
     "article-full", "uniform-article-size",
     "energy", "energy-limited", "oracle-2", "oracle-4", "uniform-lr", "angle-4-lr",
@@ -103,8 +102,6 @@ class Planner:
             return self._shuffled(int(match[1]))
         if match := re.fullmatch(r"(attention|feed-forward|modulation|image|text)-x([\d.]+)", name):
             return self._by_kind(match[1], float(match[2])), ""
-        if name == IMAGE:
-            return self._plan(direction=IMAGE), ""
         if match := re.fullmatch(r"freeze-(ablation|random)-(\d+)", name):
             return self._frozen(match[1], int(match[2]))
         if name == "article-full":

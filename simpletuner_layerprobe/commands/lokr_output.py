@@ -22,8 +22,8 @@ READINGS = {
 }
 
 EQUAL_SPLIT = (
-    "equal factors, as nearly as whole factors reach the size; no uneven split was seen to beat them; --direction and "
-    "--contrast weigh the blocks"
+    "equal factors, as nearly as whole factors reach the size; no weighting of blocks was seen to beat them; "
+    "--direction and --contrast weigh"
 )
 WEIGHTED_SPLIT = "weighted; no such split was seen to beat equal factors: layerprobe trial compares them on your data"
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 NAMED = 3
 """At most so many blocks are named as the strongest, and as the weakest."""
 NOW = (
-    "take equal factors, the default: no weighting was seen to beat them (docs/study-weighting.md). "
+    "take equal factors, the default: no weighting of blocks was seen to beat them (docs/study-weighting.md). "
     "Whether one does on your own data, layerprobe trial judges"
 )
 

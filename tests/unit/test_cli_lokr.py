@@ -290,7 +290,7 @@ def test_a_budget_is_split_equally_unless_something_weighs(layerprobe: Command, 
         (True,) * 3,
     ]
     assert made() == equal != weighted
-    assert "no uneven split was seen to beat them" in equal[1] and "layerprobe trial" in weighted[1]
+    assert "no weighting of blocks was seen to beat them" in equal[1] and "layerprobe trial" in weighted[1]
     assert made("--contrast", "12") == made("--tokens", "mean") == weighted
     assert made("--per-stream")[1] == weighted[1]
     run = layerprobe_api.load(tiny_run)

@@ -256,9 +256,9 @@ def hooks(result: dict[str, Any]) -> str:
     beside = f" Beside it, a block on an {on_gpu['machine']['device']}: {', '.join(times)}." if on_gpu else ""
     return f"""{about(result["machine"])}
 
-The time of Python and of torch's dispatcher that a block's hooks take, and its share of the readings after the forward, the
-arithmetic left out (a narrow model, and a kernel that does nothing), each in the step in which it was least disturbed. A GPU
-computes meanwhile: as long as a block gives it more to do than the host, nothing waits for this.{beside}
+The time of Python and of torch's dispatcher that a block's hooks take, and its share of the readings after the forward,
+the arithmetic left out (a narrow model, and a kernel that does nothing), each in the step in which it was least
+disturbed. A GPU computes meanwhile: as long as a block gives it more to do than the host, nothing waits for this.{beside}
 
 {table(["a narrow model with the blocks of", "blocks", "host time of the hooks per block"], rows)}"""
 
@@ -325,9 +325,9 @@ def not_measured(missing: Sequence[str]) -> str:
     if "The fused kernel" in missing:
         lacks.append(
             "*The fused kernel* of today: the steps on a GPU were measured with the one before, which read each state "
-            "twice and left the residual readings to torch's operations. *The readings of all blocks at once*: they were "
-            "taken after each block then, by small kernels; today a number a token and block is kept until the forward "
-            "is over, 0.66 MB a sample of SD3.5 Large at 1024 px."
+            "twice and left the residual readings to torch's operations. *The readings of all blocks at once*: they "
+            "were taken after each block then, by small kernels; today a number a token and block is kept until the "
+            "forward is over, 0.66 MB a sample of SD3.5 Large at 1024 px."
         )
     return "## Not measured\n\n" + "\n".join(f"- {what}" for what in lacks)
 

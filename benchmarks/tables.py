@@ -258,7 +258,8 @@ def hooks(result: dict[str, Any]) -> str:
 
 The time of Python and of torch's dispatcher that a block's hooks take, and its share of the readings after the forward,
 the arithmetic left out (a narrow model, and a kernel that does nothing), each in the step in which it was least
-disturbed. A GPU computes meanwhile: as long as a block gives it more to do than the host, nothing waits for this.{beside}
+disturbed. A GPU computes meanwhile: as long as a block gives it more to do than the host, nothing waits for
+this.{beside}
 
 {table(["a narrow model with the blocks of", "blocks", "host time of the hooks per block"], rows)}"""
 

@@ -21,9 +21,11 @@ from simpletuner_layerprobe.run.load import RunData, load_run
 from simpletuner_layerprobe.run.manifest import create_run
 from simpletuner_layerprobe.run.records import RecordWriter
 from simpletuner_layerprobe.training.ablation import StepAblation
+from simpletuner_layerprobe.training.goal import Goal
 from simpletuner_layerprobe.training.loop import probe_progress
 from simpletuner_layerprobe.training.options import ProbeSettings
 from simpletuner_layerprobe.training.session import Session
+from simpletuner_layerprobe.training.summary import start_text
 
 
 def session(tmp_path: Path, monkeypatch, rank: int = 0, ranks: int = 1, **settings: object) -> Session:
@@ -307,3 +309,10 @@ def test_the_batch_and_the_random_numbers_are_as_a_plain_forward_leaves_them():
     assert step.forwards == 3 and step.ablation.runs == 15
     # The last block's update of the text is all that reaches the prediction beside the image.
     assert values["block", "ablation"].shape == (2, 5) and (values["block", "ablation_change"] > 0).all()
+
+
+@pytest.mark.parametrize(("samples", "count"), [(40, 40), (600, 200), (0, 200)])
+def test_blocks_are_left_out_in_no_more_samples_than_there_are(samples, count):
+    settings = ProbeSettings("run", ablation="blocks", ablation_samples=200)
+    said = start_text(settings, Goal(samples, 0), {"image": ["a"]}, (), (), "cpu", 2.5)
+    assert f"whole blocks are left out in {count} samples, which take 2.5 forwards each" in said

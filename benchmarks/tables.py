@@ -274,7 +274,11 @@ def loop(result: dict[str, Any]) -> str:
 
 The wider a model, the smaller the share of its distances. What a user can do about the rest: a larger
 `train_batch_size` (one pass of the loop for more samples) and `dataloader_prefetch` (the next batch is read during the
-forward)."""
+forward).
+
+In a process of its own the first step of a run takes seconds longer, with the probe or without: SimpleTuner 4.10 calls
+`torch.compiler.cudagraph_mark_step_begin` also where nothing is compiled (its `dynamo_backend` is "no" then, and only an
+empty one counts as none), and that imports torch's compiler. The measured process had it imported before."""
 
 
 def several_gpus() -> str:

@@ -277,8 +277,8 @@ The wider a model, the smaller the share of its distances. What a user can do ab
 forward).
 
 In a process of its own the first step of a run takes seconds longer, with the probe or without: SimpleTuner 4.10 calls
-`torch.compiler.cudagraph_mark_step_begin` also where nothing is compiled (its `dynamo_backend` is "no" then, and only an
-empty one counts as none), and that imports torch's compiler. The measured process had it imported before."""
+`torch.compiler.cudagraph_mark_step_begin` also where nothing is compiled (its `dynamo_backend` is "no" then, and only
+an empty one counts as none), and that imports torch's compiler. The measured process had it imported before."""
 
 
 def several_gpus() -> str:

@@ -43,8 +43,8 @@ def start_text(
         what = {"blocks": "whole blocks", "text": "text updates", "both": "whole blocks and text updates"}
         count = min(settings.ablation_samples, goal.samples or settings.ablation_samples)
         lines.append(
-            f"layerprobe: {what[settings.ablation]} are left out in {count} samples, which take {forwards:.1f} forwards "
-            "each"
+            f"layerprobe: {what[settings.ablation]} are left out in {count} samples, which take "
+            f"{forwards:.1f} forwards each"
         )
     if settings.stop_when_stable:
         lines.append(

@@ -357,7 +357,8 @@ probe-only run of the real SimpleTuner on a tiny SD3 for each quantised base, wa
 attention back end that SimpleTuner offers, some of them also on a tiny Flux and on a tiny Wan with clips, and compares
 every recorded distance with the article's formula in float64, on copies of the states that hooks of another kind took.
 *exact*: equal within 2e-6. *fails*: SimpleTuner itself ends with that error here, with the probe or without. Layers
-that are too small are not quantised. Group offloading, as diffusers has it, is none of SimpleTuner 4.10's options.
+that are too small are not quantised. Group offloading is none of SimpleTuner 4.10's options; `layerprobe.observe` is
+tested with diffusers' own.
 `benchmarks/tables.py` writes this page."""
     ]
     for device, title in (("cuda", "On a GPU"), ("cpu", "On a CPU")):

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers.hooks import apply_group_offloading
 from diffusers_models import BATCH, MODELS, taped
 from small import FluxLike, hooks, model_error
 from torch import nn
@@ -55,6 +56,23 @@ def test_agrees_with_float64(name, dtype):
         assert torch.equal(seen.distances(stream), seen.distances(stream, "mean"))
     assert hooks(model) == 0
     assert simpletuner_modules() == imported
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("level", ["leaf_level", "block_level"])
+@each_model
+def test_group_offloading_changes_nothing(name, level):
+    """diffusers' own: a model's parts come to the device for their forward, by hooks of their own."""
+    model, inputs = MODELS[name].build(torch.float32)
+    with observe(model) as expected:
+        run(model, inputs)
+    groups = {"num_blocks_per_group": 1} if level == "block_level" else {}
+    cpu = torch.device("cpu")
+    apply_group_offloading(model, onload_device=cpu, offload_device=cpu, offload_type=level, **groups)
+    with observe(model) as seen:
+        run(model, inputs)
+    for stream in expected.streams:
+        assert torch.equal(seen.distances(stream), expected.distances(stream)), stream
 
 
 @each_model

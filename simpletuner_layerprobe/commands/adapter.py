@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from simpletuner_layerprobe.commands.arguments import Add, add_wide
 from simpletuner_layerprobe.commands.imports import light, named_model
-from simpletuner_layerprobe.commands.output import LEFT, OK, RIGHT, print_json, print_table, print_text, say
+from simpletuner_layerprobe.commands.output import LEFT, OK, RIGHT, print_json, print_table, print_text, quiet, say
 from simpletuner_layerprobe.errors import ModelError
 from simpletuner_layerprobe.show.words import counted, listed
 
@@ -54,11 +53,13 @@ def add_parser(add: Add) -> None:
 def command(arguments: argparse.Namespace) -> int:
     from simpletuner_layerprobe.api import adapter
 
-    modules = None
+    modules, imports = None, light("lycoris", arguments)
     if arguments.model is not None:
-        with suppress(ModelError):  # then its weights alone may do
+        try:
             modules = named_model(arguments)
-    with light("lycoris", arguments):
+        except ModelError:  # its weights alone may do; what the class lacks is told of an import with nothing left out
+            imports = quiet()
+    with imports:
         made = adapter(
             arguments.file, model=arguments.model, run=arguments.run, config=arguments.config, modules=modules
         )

@@ -1,5 +1,5 @@
 # make setup    .venv with SimpleTuner, this package and the development tools
-# make demo     the whole session on a small trained pipeline: probe, report, LoKr config, training, pictures; six minutes
+# make demo     the whole session on a small trained pipeline: probe, report, LoKr config, training, pictures; five to seven minutes
 # make check    lint, types and the fast tests, without torch: about a minute
 # make test     lint, types and all tests
 # make test-oldest   the tests against the real Trainer, on the oldest SimpleTuner supported, in .venv-oldest

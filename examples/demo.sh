@@ -4,7 +4,7 @@
 #
 #     sh examples/demo.sh FOLDER      (FOLDER is made; python, simpletuner and layerprobe have to be on PATH)
 #
-# It runs on the CPU if there is no GPU, downloads nothing, and takes about six minutes on two free cores.
+# It runs on the CPU if there is no GPU, downloads nothing, and takes five to seven minutes on two free cores.
 set -eu
 
 if [ $# -ne 1 ]; then
